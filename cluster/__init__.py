@@ -1,0 +1,1 @@
+"""The platform: machines, models, weights, metrics. Knows Ray; knows no app and no job."""

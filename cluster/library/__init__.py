@@ -1,0 +1,1 @@
+"""The model library: references, manifests, versions, aliases, imports."""

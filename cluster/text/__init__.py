@@ -1,0 +1,1 @@
+"""Text that trainer and gateway must agree on to the token."""

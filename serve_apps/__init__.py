@@ -1,0 +1,1 @@
+"""What answers requests: the gateway, the releases, the replicas and their engine."""

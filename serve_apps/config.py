@@ -1,0 +1,122 @@
+"""What a file in ``configs/serve/`` may say. Pure: no Ray, no torch, no FastAPI."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from cluster.config import Frozen
+
+
+class Limits(Frozen):
+    """Bounds of the gateway. The defaults protect a laptop; every one is told when it is hit."""
+
+    max_body_bytes: PositiveInt = 2_000_000
+    """A larger request body is answered 413 while it still arrives."""
+    max_new_tokens: PositiveInt = 4096
+    """Upper bound of ``max_tokens``; the model's context may allow less."""
+    default_max_tokens: PositiveInt = 512
+    """Used when a chat request names no ``max_tokens`` (completions: 16, as OpenAI's)."""
+    max_messages: PositiveInt = 256
+    max_prompts: PositiveInt = 16
+    """Prompts of one completions call."""
+    max_stop: PositiveInt = 4
+    max_stop_chars: PositiveInt = 128
+    request_timeout_s: PositiveFloat = 300.0
+    """From admission to the last token."""
+    first_token_timeout_s: PositiveFloat = 60.0
+
+
+class Fake(Frozen):
+    """Tokens without a model: derived from the prompt, for tests and for trying clients."""
+
+    kind: Literal["fake"]
+    max_model_len: PositiveInt = 2048
+    max_concurrent: PositiveInt = 8
+    max_queued: NonNegativeInt = 32
+    token_delay_s: float = Field(0.0, ge=0)
+    fail_at_token: PositiveInt | None = None
+    hang_at_token: PositiveInt | None = None
+
+
+class Sharded(Frozen):
+    """Our engine: transformers' model code, our scheduler, cache, attention and sampler."""
+
+    kind: Literal["sharded"] = "sharded"
+    tensor_parallel: Literal[1] = 1
+    """Ranks that share one model."""
+    host: Literal["actor", "process"] = "actor"
+    """Ranks as Ray actors in the replica's placement group, or as plain child processes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """``auto``: bfloat16 where the device is fast at it, else float32."""
+    max_model_len: PositiveInt = 2048
+    """Prompt plus answer, in tokens; the model's own context may be less."""
+    max_concurrent: PositiveInt = 16
+    """Requests that share a step."""
+    max_queued: NonNegativeInt = 64
+    """Requests that may wait; one more is answered 429 with Retry-After."""
+    max_batch_tokens: PositiveInt = 512
+    """Tokens of one step, prefill chunks and decoding requests together."""
+    cache_tokens: PositiveInt | None = None
+    """KV cache size; by default ``max_concurrent * max_model_len``, bounded by free memory."""
+    threads: PositiveInt | None = None
+    """CPU threads of a rank; by default the cores of the machine."""
+    start_timeout_s: PositiveFloat = 180.0
+    step_timeout_s: PositiveFloat = 60.0
+    """A step that takes longer means that the rank is stuck."""
+
+    @model_validator(mode="after")
+    def _cache_holds_one_request(self) -> Sharded:
+        if self.cache_tokens is not None and self.cache_tokens < self.max_model_len:
+            raise ValueError(
+                f"cache_tokens={self.cache_tokens} cannot hold one request of "
+                f"max_model_len={self.max_model_len}; raise the first or lower the second"
+            )
+        return self
+
+
+EngineConfig = Annotated[Fake | Sharded, Field(discriminator="kind")]
+
+
+class ModelConfig(Frozen):
+    """One model behind the gateway: its own Serve application, found by name."""
+
+    model: str
+    """A library reference that clients use as ``model``: ``name`` or ``name@alias``. A resolved
+    number belongs to a promotion, not to a file that may be deployed again tomorrow."""
+    engine: EngineConfig = Field(default_factory=Sharded)
+    replicas: PositiveInt = 1
+    drain_s: PositiveFloat = 30.0
+    """How long running requests may go on when a version or a replica is retired."""
+    num_cpus: PositiveFloat = 1.0
+    """Logical CPUs reserved for each rank."""
+    num_gpus: float = Field(0.0, ge=0)
+    """GPUs reserved for each rank."""
+
+    @model_validator(mode="after")
+    def _names_an_alias(self) -> ModelConfig:
+        from cluster.library.ref import Ref
+
+        ref = Ref.parse(self.model)
+        if ref.version is not None:
+            raise ValueError(
+                f"model: {self.model} names a fixed version; write {ref.name} (or "
+                f"{ref.name}@alias) and move the alias with `roundhouse promote {self.model}`"
+            )
+        return self
+
+
+class ServeConfig(Frozen):
+    """The whole of one ``configs/serve/*.yaml``."""
+
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    limits: Limits = Field(default_factory=Limits)
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> ServeConfig:
+        names = [m.model.partition("@")[0] for m in self.models]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"models: {', '.join(twice)} appears twice; one application per name")
+        return self

@@ -1,0 +1,1 @@
+"""The engine: from token ids to token ids, on one or more ranks."""

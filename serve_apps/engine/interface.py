@@ -1,0 +1,127 @@
+"""The engine's contract: what a replica may ask, and what holds before and after each call.
+
+Token ids go in, token ids come out; text, chat templates and HTTP live above. Every value that
+crosses a process is a small frozen dataclass of plain Python data (msgpack, never pickle).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one request picks its tokens. ``temperature`` 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    seed: int | None = None
+    """Keys a counter-based generator by (seed, position): the batch around it has no say."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One prompt to continue."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    """At least one token; prompt and ``max_tokens`` together fit ``EngineInfo.max_model_len``."""
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end the answer; the id that ended it is not part of the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of one step of one request; valid after its request has ended."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish: FinishReason | None = None
+    error: str | None = None
+    """Says why, when ``finish`` is ``error``; safe to show to a client."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine can do, known once it has started."""
+
+    max_model_len: int
+    max_concurrent: int
+    max_queued: int
+    dtype: str
+    device: str
+    num_ranks: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges of this moment and counters since the start."""
+
+    running: int
+    waiting: int
+    cache_tokens_used: int
+    cache_tokens_total: int
+    prompt_tokens: int
+    generated_tokens: int
+    finished: int
+    aborted: int
+    versions: tuple[str, ...]
+    active: str | None
+
+
+class Engine(Protocol):
+    """One model on one or more ranks. All methods are legal between ``start`` and ``stop``.
+
+    A *version* is the text ``name@number`` of the library. Several may be loaded at once; one is
+    active. Errors: RequestError for what the request got wrong (or 429 with ``retry_after_s``
+    when ``max_queued`` requests wait already), RankLost and EngineError for what we got wrong.
+    """
+
+    async def start(self) -> EngineInfo:
+        """Start the ranks. Afterwards each rank answers; no version is loaded yet."""
+
+    async def load(self, version: str, directory: str) -> None:
+        """Read a library version's files into memory beside what is loaded already.
+
+        Requests keep running meanwhile. On an error nothing has changed.
+        """
+
+    async def activate(self, version: str) -> None:
+        """Make a loaded version the one that new requests without a version go to."""
+
+    async def release(self, version: str, drain_s: float) -> None:
+        """Wait for the version's requests (at most ``drain_s``, then abort them), free it.
+
+        The active version is refused. Cached keys and values of the version are gone afterwards.
+        """
+
+    def generate(
+        self, request: EngineRequest, version: str | None = None
+    ) -> AsyncIterator[Chunk]:
+        """Stream the answer, the first token at once; the last chunk has ``finish`` set.
+
+        The version is fixed at admission (``None``: the active one) and answers to the end, also
+        when another becomes active. Closing the iterator early is the cancellation: the
+        request's cache is free before the next step begins.
+        """
+
+    async def abort(self, request_id: str) -> None:
+        """End a request from elsewhere; its iterator ends with ``finish="abort"``. Idempotent."""
+
+    async def check_health(self) -> None:
+        """Generate one token on the active version within a bound; raise EngineError if not."""
+
+    async def stats(self) -> EngineStats:
+        """Return the numbers of this moment."""
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Finish what runs (at most ``drain_s``), end every process that ``start`` made."""

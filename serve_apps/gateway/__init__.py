@@ -1,0 +1,1 @@
+"""The one public door: who asks, may they, how much is left, where does it go."""

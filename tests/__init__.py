@@ -1,0 +1,1 @@
+"""Promises the other packages made, kept through the user's door."""

@@ -1,0 +1,1 @@
+"""What changes weights: fine-tune, evaluate, publish."""

@@ -1,0 +1,128 @@
+"""What a file in ``configs/train/`` may say. Pure: no Ray, no torch, no DeepSpeed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import model_validator
+
+from cluster.config import Frozen
+
+
+class Data(Frozen):
+    """Rows to learn from: JSON lines of ``{"messages": [{"role", "content"}, ...]}``."""
+
+    train: Path
+    """A file; a relative path is relative to the config file."""
+    heldout: Path | None = None
+    """Rows that are only measured, before and after."""
+    max_len: PositiveInt = 512
+    """Tokens of one packed row. A longer dialogue is an error that names its line."""
+    max_empty_share: float = Field(0.0, ge=0, le=1)
+    """Share of rows that may have no trained token before the run is refused."""
+
+
+class ChatSFT(Frozen):
+    """Supervised fine-tuning on dialogues: the loss is on the assistant's tokens only."""
+
+    kind: Literal["sft"] = "sft"
+
+
+Objective = ChatSFT
+"""Becomes a tagged union with the second objective."""
+
+
+class Optim(Frozen):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: PositiveFloat = 1e-4
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: NonNegativeFloat = 1.0
+    """Global gradient norm; 0 switches clipping off."""
+
+
+class Batch(Frozen):
+    """How many packed rows one optimiser step sees: ``micro * accumulate * workers``."""
+
+    micro: PositiveInt = 1
+    """Rows of one forward pass on one rank."""
+    total: PositiveInt = 8
+    """Rows of one optimiser step over all ranks and micro-batches."""
+
+
+class Run(Frozen):
+    """Where and how long."""
+
+    workers: PositiveInt = 1
+    epochs: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    """Instead of epochs."""
+    seed: NonNegativeInt = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """``auto``: bfloat16 where the device is fast at it, else float32."""
+    num_cpus: PositiveFloat = 1.0
+    num_gpus: float = Field(0.0, ge=0)
+    """Reserved for each worker."""
+    threads: PositiveInt | None = None
+    """CPU threads of a worker; by default the machine's cores divided by its workers."""
+    save_every: PositiveInt | None = None
+    """Optimiser steps between checkpoints; by default only the last step is saved."""
+    timeout_s: PositiveFloat = 600.0
+    """A collective that takes longer means that a rank is stuck."""
+
+
+class Publish(Frozen):
+    """The library entry that the run makes; ``name`` defaults to the base model's."""
+
+    name: str | None = None
+
+
+class FinetuneConfig(Frozen):
+    """The whole of one ``configs/train/*.yaml``."""
+
+    model: str
+    """A library reference: the version to start from."""
+    data: Data
+    objective: Objective = Field(default_factory=ChatSFT)
+    zero: Literal[0, 2] = 2
+    """DeepSpeed ZeRO stage."""
+    optim: Optim = Field(default_factory=Optim)
+    batch: Batch = Field(default_factory=Batch)
+    run: Run = Field(default_factory=Run)
+    publish: Publish = Field(default_factory=Publish)
+
+    @model_validator(mode="after")
+    def _checks(self) -> FinetuneConfig:
+        share = self.batch.micro * self.run.workers
+        if self.batch.total % share:
+            below = self.batch.total // share * share
+            fits = [n for n in (below, below + share) if n]
+            raise ValueError(
+                f"batch.total={self.batch.total} is not a multiple of batch.micro * run.workers = "
+                f"{self.batch.micro} * {self.run.workers} = {share}; use {' or '.join(map(str, fits))}"
+            )
+        if (self.run.epochs is None) == (self.run.steps is None):
+            raise ValueError("run: give either epochs or steps, exactly one of them")
+        return self
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches of one optimiser step on one rank."""
+        return self.batch.total // (self.batch.micro * self.run.workers)
+
+    def deepspeed(self, dtype: str, on_gpu: bool) -> dict[str, Any]:
+        """Render the DeepSpeed configuration: the only place where one is written."""
+        return {
+            "train_micro_batch_size_per_gpu": self.batch.micro,
+            "gradient_accumulation_steps": self.accumulate,
+            # DeepSpeed 0.19 clips at 1.0 unless told otherwise: always say it
+            "gradient_clipping": self.optim.clip,
+            "zero_optimization": {"stage": self.zero, "overlap_comm": on_gpu},
+            "bf16": {"enabled": dtype == "bfloat16"},
+            "steps_per_print": 10**9,
+        }

@@ -1,0 +1,1 @@
+"""One module per objective: its loss, its batch, its metrics."""
