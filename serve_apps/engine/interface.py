@@ -6,9 +6,8 @@ crosses a process is a small frozen dataclass of plain Python data (msgpack, nev
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -60,6 +59,7 @@ class EngineInfo:
     device: str
     num_ranks: int
     vocab_size: int
+    """0 until the first version is loaded: a model brings its vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,22 @@ class EngineStats:
     active: str | None
 
 
+class Stream(Protocol):
+    """The answer to one request, as it grows.
+
+    Dropping, closing or cancelling it before its last chunk aborts the request. When several
+    steps passed since the last look, their tokens come as one chunk: a slow reader holds at most
+    ``max_tokens`` ids and never slows the others down.
+    """
+
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> Chunk: ...
+
+    async def aclose(self) -> None:
+        """End the request if it still runs. Idempotent."""
+
+
 class Engine(Protocol):
     """One model on one or more ranks. All methods are legal between ``start`` and ``stop``.
 
@@ -85,6 +101,10 @@ class Engine(Protocol):
     active. Errors: RequestError for what the request got wrong (or 429 with ``retry_after_s``
     when ``max_queued`` requests wait already), RankLost and EngineError for what we got wrong.
     """
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine can do now; ``load`` may narrow ``max_model_len`` to the model's own."""
 
     async def start(self) -> EngineInfo:
         """Start the ranks. Afterwards each rank answers; no version is loaded yet."""
@@ -104,10 +124,11 @@ class Engine(Protocol):
         The active version is refused. Cached keys and values of the version are gone afterwards.
         """
 
-    def generate(
-        self, request: EngineRequest, version: str | None = None
-    ) -> AsyncIterator[Chunk]:
+    def generate(self, request: EngineRequest, version: str | None = None) -> Stream:
         """Stream the answer, the first token at once; the last chunk has ``finish`` set.
+
+        A plain call inside the event loop: a refusal (RequestError) is raised here, before
+        anything is sent. The iterator raises RankLost when the engine dies under the request.
 
         The version is fixed at admission (``None``: the active one) and answers to the end, also
         when another becomes active. Closing the iterator early is the cancellation: the
