@@ -1,0 +1,226 @@
+"""From messages to token ids and back: the one place where trainer and gateway get their tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from cluster.errors import ConfigError
+from cluster.text.mask import assistant_spans, mask_of
+from cluster.text.special import SpecialTokens
+from cluster.text.stream import UNKNOWN, Detokenizer, TextStream
+from cluster.text.template import ChatTemplate
+
+Messages = Sequence[Mapping[str, str]]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class ChatText:
+    """The tokenizer and the chat template of one model directory; safe to share among threads.
+
+    Text that spells a special token is encoded as plain text, in every method.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str | None = None,
+        named_tokens: Mapping[str, str] | None = None,
+        eos_ids: Sequence[int] = (),
+        where: str = "chat template",
+    ) -> None:
+        """Build from parts; ``named_tokens`` is what the template sees, as ``bos_token``."""
+        named = dict(named_tokens or {})
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # a token that the tokenizer's config calls special is special, whatever tokenizer.json says
+        known = [text for text in named.values() if tokenizer.token_to_id(text) is not None]
+        tokenizer.add_special_tokens(sorted(set(known)))
+        self._tokenizer = tokenizer
+        raw = json.loads(tokenizer.to_str())
+        byte_level = '"ByteLevel"' in json.dumps(raw["decoder"])
+        self._special = SpecialTokens(tokenizer, raw)
+        self._template = ChatTemplate(template, named, where) if template is not None else None
+        self._where = where
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.eos_ids = tuple(dict.fromkeys(n for n in eos_ids if 0 <= n < self.vocab_size))
+        self._detokenizer = Detokenizer(tokenizer, byte_level, self._special.all_ids)
+
+    @classmethod
+    def load(cls, directory: Path | str) -> ChatText:
+        """Read tokenizer, template and end-of-turn ids of a model directory.
+
+        Raises ConfigError when ``tokenizer.json`` is missing or a file cannot be read.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(
+                f"{path}: no such file; Roundhouse needs a fast tokenizer: save one with "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...), then import again"
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust side raises bare Exception
+            raise ConfigError(f"{path}: not a tokenizer: {error}") from None
+        config = _read_json(directory / "tokenizer_config.json")
+        named = {key: text for key in _NAMED if (text := _content(config.get(key)))}
+        ends: list[int] = []
+        for name in ("generation_config.json", "config.json"):
+            end = _read_json(directory / name).get("eos_token_id")
+            ends += [n for n in (end if isinstance(end, list) else [end]) if isinstance(n, int)]
+        if (end := tokenizer.token_to_id(named.get("eos_token", ""))) is not None:
+            ends.append(end)
+        template, where = _read_template(directory, config)
+        return cls(tokenizer, template, named, ends, where)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether ``encode_chat`` and ``encode_training`` can work."""
+        return self._template is not None
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Encode a raw prompt, with a BOS token if the tokenizer adds one."""
+        spelt = self._special.spelt_in(text)
+        tokenizer = self._special.guarded if spelt else self._tokenizer
+        return tuple(tokenizer.encode(text).ids)
+
+    def encode_chat(self, messages: Messages, generation_prompt: bool = True) -> tuple[int, ...]:
+        """Render and encode a conversation, ready for the assistant's turn.
+
+        Raises ConfigError for messages that are not ones and for what the template refuses.
+        """
+        guard, messages = self._prepare(messages)
+        rendered, _ = self._render(messages, generation_prompt)
+        return tuple(self._encode_rendered(rendered, guard).ids)
+
+    def encode_training(self, messages: Messages) -> tuple[list[int], list[bool]]:
+        """Return the ids of a whole conversation, and for each whether it is trained.
+
+        Trained is what the assistant says and the token that ends its turn, not the white space
+        after it. The ids equal ``encode_chat(messages, generation_prompt=False)``. Raises
+        ConfigError when the template cannot say which part is the assistant's.
+        """
+        guard, messages = self._prepare(messages)
+        rendered, marked = self._render(messages, False)
+        spans = marked or assistant_spans(
+            messages, rendered, lambda part, prompt: self._render(part, prompt)[0], self._where
+        )
+        encoding = self._encode_rendered(rendered, guard)
+        if guard:  # offsets are those of the protected text
+            spans = [
+                (len(self._special.protect(rendered[:a])), len(self._special.protect(rendered[:b])))
+                for a, b in spans
+            ]
+        ends = self._special.all_ids | set(self.eos_ids)
+        return list(encoding.ids), mask_of(
+            encoding.ids, encoding.offsets, spans, ends, bool(marked)
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ``ids`` without special tokens and without an unfinished character."""
+        ids = [n for n in ids if n not in self._detokenizer.skip]
+        text = self._detokenizer.text(ids)
+        if UNKNOWN not in text:
+            return text
+        stream = self.stream()
+        return stream.feed(ids) + stream.flush()
+
+    def stream(self) -> TextStream:
+        """Start decoding one answer token by token."""
+        return TextStream(self._detokenizer)
+
+    def _prepare(self, messages: Messages) -> tuple[bool, list[dict[str, str]]]:
+        """Check the messages; quote them when one spells a special token."""
+        checked = [_check(n, message) for n, message in enumerate(messages)]
+        if not checked:
+            raise ConfigError("messages: empty; a conversation has at least one message")
+        texts = (text for message in checked for text in message.values())
+        guard = any(map(self._special.spelt_in, texts))
+        if not guard:
+            return False, checked
+        quote = self._special.quote
+        return True, [
+            {key: text if key == "role" else quote(text) for key, text in message.items()}
+            for message in checked
+        ]
+
+    def _render(self, messages: Messages, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+        if self._template is None:
+            raise ConfigError(
+                f"{self._where}: this model has no chat template; put a chat_template.jinja beside "
+                "its tokenizer.json, or use plain completions"
+            )
+        return self._template.render(messages, prompt)
+
+    def _encode_rendered(self, rendered: str, guard: bool) -> Any:
+        if guard:
+            text = self._special.protect(rendered)
+            return self._special.guarded.encode(text, add_special_tokens=False)
+        return self._tokenizer.encode(rendered, add_special_tokens=False)
+
+
+def _check(number: int, message: Mapping[str, str]) -> dict[str, str]:
+    where = f"messages[{number}]"
+    if not isinstance(message, Mapping):
+        raise ConfigError(f"{where}: {message!r:.40} is not a message with role and content")
+    role = message.get("role")
+    if role not in ROLES:
+        raise ConfigError(f"{where}: role {role!r:.40} is not one of {', '.join(ROLES)}")
+    if not isinstance(message.get("content"), str):
+        raise ConfigError(f"{where}: content must be text, not {message.get('content')!r:.40}")
+    for key, text in message.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise ConfigError(f"{where}: {key!r:.40} must be text, not {text!r:.40}")
+    return dict(message)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: the top level must be an object, not {value!r:.40}")
+    return value
+
+
+def _content(token: Any) -> str | None:
+    """Return the text of a token that a tokenizer config writes as text or as an object."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _read_template(directory: Path, config: Mapping[str, Any]) -> tuple[str | None, str]:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    path = directory / "tokenizer_config.json"
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        named = {item.get("name"): item.get("template") for item in template}
+        template = named.get("default")
+    if template is None:
+        return None, str(directory)
+    if not isinstance(template, str):
+        raise ConfigError(f"{path}: chat_template must be text, not {template!r:.40}")
+    return template, str(path)
