@@ -1,0 +1,189 @@
+"""Durable writes, locks that die with their process, and a clear word when the disk is full."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cluster.errors import LibraryError, NotEnough
+
+CHUNK_BYTES = 8 << 20
+SPARE_BYTES = 64 << 20
+"""Left free after a publish, so that logs and checkpoints do not meet a full disk."""
+LOCK_WAIT_S = 10.0
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def need(directory: Path, wanted: int) -> None:
+    """Raise NotEnough unless ``wanted`` bytes and a reserve are free where ``directory`` lies."""
+    free = shutil.disk_usage(directory).free
+    if free < wanted + SPARE_BYTES:
+        raise NotEnough(
+            f"{directory}: {_mb(wanted)} wanted (and {_mb(SPARE_BYTES)} kept free), "
+            f"{_mb(free)} free; remove versions with `roundhouse models rm`, or set "
+            "ROUNDHOUSE_HOME to a larger disk"
+        )
+
+
+@contextmanager
+def explained(what: str, directory: Path, wanted: int) -> Iterator[None]:
+    """Turn an OSError of the block into NotEnough (disk full) or LibraryError, both telling."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            free = shutil.disk_usage(directory).free
+            raise NotEnough(
+                f"{what}: the disk of {directory} is full: {_mb(wanted)} wanted, {_mb(free)} "
+                "free; nothing was changed; remove versions with `roundhouse models rm`"
+            ) from error
+        raise LibraryError(
+            f"{what}: {error.strerror or error} ({error.filename or directory}); "
+            "nothing was changed"
+        ) from error
+
+
+def copy_hashed(source: Path, target: Path) -> tuple[str, int]:
+    """Copy a file through memory in pieces, flush it to disk; return (sha256, bytes).
+
+    The source is opened without following a link, so a swap after the check finds nothing.
+    """
+    digest, size = hashlib.sha256(), 0
+    fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(fd, "rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
+        while piece := reader.read(CHUNK_BYTES):
+            digest.update(piece)
+            _write_all(writer.fileno(), piece)
+            size += len(piece)
+        os.fsync(writer.fileno())
+    return digest.hexdigest(), size
+
+
+def hash_file(path: Path) -> tuple[str, int]:
+    """Return (sha256, bytes) of a file."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as reader:
+        while piece := reader.read(CHUNK_BYTES):
+            digest.update(piece)
+            size += len(piece)
+    return digest.hexdigest(), size
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` at once: a reader and a crash see the old or the new."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with beside.open("xb", buffering=0) as writer:
+            _write_all(writer.fileno(), data)
+            os.fsync(writer.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def fsync_dir(directory: Path) -> None:
+    """Make renames inside ``directory`` survive a power cut."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file ``path``; LibraryError when another process keeps it too long."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        give_up = time.monotonic() + LOCK_WAIT_S
+        while not _try_lock(fd):
+            if time.monotonic() > give_up:
+                raise LibraryError(
+                    f"{what}: another process has held {path} for {LOCK_WAIT_S:g} s; try again"
+                )
+            time.sleep(0.02)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def staging(root: Path) -> Iterator[Path]:
+    """Yield a fresh directory below ``root/.staging`` that is gone afterwards.
+
+    Its lock dies with this process: what a killed process left is removed by the next one here.
+    """
+    area = root / ".staging"
+    area.mkdir(parents=True, exist_ok=True)
+    _sweep(area)
+    stem = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+    lock, place = area / f"{stem}.lock", area / stem
+    fd = _own(lock)
+    try:
+        place.mkdir()
+        yield place
+    finally:
+        _clear(place, lock)
+        os.close(fd)
+
+
+def _own(lock: Path) -> int:
+    """Return the held descriptor of a new lock file that is still the one under its name."""
+    while True:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        # a sweep may have taken the file between its creation and our lock; then make it anew
+        if _try_lock(fd):
+            with suppress(FileNotFoundError):
+                if os.stat(lock).st_ino == os.fstat(fd).st_ino:
+                    return fd
+        os.close(fd)
+
+
+def _sweep(area: Path) -> None:
+    """Remove what ended processes left: their locks are free."""
+    for lock in area.glob("*.lock"):
+        try:
+            fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            if _try_lock(fd):
+                _clear(lock.with_suffix(""), lock)
+        finally:
+            os.close(fd)
+
+
+def _clear(place: Path, lock: Path) -> None:
+    """Remove a staging directory, then its lock; what cannot go now keeps it, for a later sweep."""
+    shutil.rmtree(place, ignore_errors=True)
+    if not place.exists():
+        lock.unlink(missing_ok=True)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

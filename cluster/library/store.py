@@ -1,0 +1,337 @@
+"""The model library: immutable numbered versions of named models, and aliases that move.
+
+    <root>/models/<name>/versions/<n>/{config.json, *.safetensors, tokenizer.json, manifest.json}
+    <root>/models/<name>/aliases.json
+
+A version is staged beside, hashed, flushed to disk, and appears by one rename, manifest and all.
+A number is taken by making its directory, which stays empty after a crash or a removal: numbers
+are never used twice. Readers need no lock.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cluster.errors import ConfigError, Corrupt, LibraryError, UnknownModel
+from cluster.home import library_dir
+from cluster.library import aliases as alias_file
+from cluster.library.aliases import AliasMove
+from cluster.library.disk import (
+    copy_hashed,
+    explained,
+    fsync_dir,
+    hash_file,
+    locked,
+    need,
+    staging,
+    write_durably,
+)
+from cluster.library.intake import Intake, inspect
+from cluster.library.manifest import (
+    MANIFEST,
+    Architecture,
+    Facts,
+    FileEntry,
+    Manifest,
+    read_manifest,
+)
+from cluster.library.ref import ALIAS, CHAMPION, NAME, Ref
+
+_URL = re.compile(r"(^|/)[a-z][a-z0-9+]+:/")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One immutable version of a model: its files lie flat in ``path``."""
+
+    name: str
+    number: int
+    path: Path
+    manifest: Manifest
+
+    @property
+    def ref(self) -> str:
+        """The exact reference, as ``name@3``."""
+        return f"{self.name}@{self.number}"
+
+
+class Library:
+    """A library in a local or shared folder; nothing is written before the first publish."""
+
+    def __init__(self, root: Path | str | None = None) -> None:
+        """Open the library at ``root``, by default that of ROUNDHOUSE_HOME."""
+        root = library_dir() if root is None else root
+        if _URL.search(str(root)):
+            raise LibraryError(
+                f"{root}: a library lives in a local or shared folder for now, not behind a URL; "
+                "mount the bucket, or set ROUNDHOUSE_HOME to a folder that all nodes see"
+            )
+        self.root = Path(root).absolute()
+
+    def names(self) -> list[str]:
+        """Return the models that have at least one version, sorted."""
+        return sorted(name for name in _children(self.root / "models") if self.versions(name))
+
+    def versions(self, name: str) -> list[Version]:
+        """Return the versions of a model, ascending; an unknown name has none."""
+        return [found for number in self._numbers(name) if (found := self._valid(name, number))]
+
+    def get(self, name: str, number: int) -> Version:
+        """Return one version. Raises UnknownModel, or Corrupt when its manifest is damaged."""
+        version = self._read(name, number)
+        if version is None:
+            raise self._unknown(Ref(name, version=number))
+        return version
+
+    def resolve(self, ref: str | Ref) -> Version:
+        """Return the version that a reference means now.
+
+        A bare name is ``@champion``, else the newest. Raises UnknownModel with what there is, and
+        ConfigError for text that is no reference.
+        """
+        ref = Ref.parse(ref) if isinstance(ref, str) else ref
+        if ref.live:
+            raise UnknownModel(
+                f"{ref}: a version of a running job is not in the library; wait until the job has "
+                f"published it, or use {ref.name}"
+            )
+        if ref.version:
+            return self.get(ref.name, ref.version)
+        pointed = self.aliases(ref.name)
+        if ref.alias or CHAMPION in pointed:
+            number = pointed.get(ref.alias or CHAMPION)
+            if number is None:
+                raise self._unknown(ref)
+            return self.get(ref.name, number)
+        versions = self.versions(ref.name)
+        if not versions:
+            raise self._unknown(ref)
+        return versions[-1]
+
+    def publish(self, name: str, source: Path, facts: Facts, move: bool = False) -> Version:
+        """Add the files of ``source`` as the next version of ``name``.
+
+        The files are copied, or with ``move`` taken away once all is well. Raises LibraryError
+        when a file may not enter, NotEnough when the disk is short; then nothing has changed.
+        """
+        home = self._home(name)
+        source = Path(source)
+        taken = inspect(source)
+        if facts.kind == "adapter" and facts.base is None:
+            raise LibraryError(f"{name}: an adapter needs its base, as in base: name@3")
+        wanted = sum(path.stat().st_size for path in taken.files.values())
+        with explained(f"publish {name}", _existing(self.root), wanted):
+            (home / "versions").mkdir(parents=True, exist_ok=True)
+            with staging(self.root) as stage:
+                self._sweep(name)
+                need(self.root, wanted)
+                place = stage / "files"
+                place.mkdir()
+                files = {}
+                for file, path in taken.files.items():
+                    sha256, size = copy_hashed(path, place / file)
+                    files[file] = FileEntry(sha256=sha256, size=size)
+                version = self._appear(name, place, _manifest(name, taken, files, facts))
+        if move:
+            for path in taken.files.values():
+                path.unlink(missing_ok=True)
+        return version
+
+    def same_content(self, name: str, source: Path) -> Version | None:
+        """Return the newest version whose files equal what ``source`` would give, if any."""
+        versions = self.versions(name)
+        if not versions:
+            return None
+        files = inspect(source).files
+        sizes = {file: path.stat().st_size for file, path in files.items()}
+        near = [v for v in versions if {f: e.size for f, e in v.manifest.files.items()} == sizes]
+        if not near:
+            return None
+        hashes = {file: hash_file(path)[0] for file, path in files.items()}
+        same = [v for v in near if {f: e.sha256 for f, e in v.manifest.files.items()} == hashes]
+        return same[-1] if same else None
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Return where each alias of a model points."""
+        return dict(alias_file.read(self._home(name)).aliases)
+
+    def alias_history(self, name: str) -> list[AliasMove]:
+        """Return every move of every alias of a model, oldest first."""
+        return list(alias_file.read(self._home(name)).history)
+
+    def move_alias(self, name: str, alias: str, to: int, expected: int | None, by: str) -> None:
+        """Point ``alias`` at version ``to`` if it points at ``expected`` (``None``: nowhere).
+
+        Raises Conflict when it points elsewhere, UnknownModel when ``to`` does not exist.
+        """
+        if not ALIAS.fullmatch(alias):
+            raise ConfigError(
+                f"alias {alias!r:.60}: 1 to 32 of a-z 0-9 _ -, starting with a letter, as in "
+                f"{CHAMPION}"
+            )
+        self.get(name, to)
+        with locked(self._home(name) / ".lock", f"{name}@{alias}"):
+            self.get(name, to)  # not removed while we waited
+            alias_file.move(self._home(name), name, alias, to, expected, by)
+
+    def verify(self, ref: str | Ref) -> Version:
+        """Read every file of a version again; Corrupt names each that differs, lacks or is new."""
+        version = self.resolve(ref)
+        problems = []
+        for file, entry in version.manifest.files.items():
+            try:
+                if hash_file(version.path / file) != (entry.sha256, entry.size):
+                    problems.append(f"{file}: differs from its hash")
+            except OSError as error:
+                problems.append(f"{file}: {error.strerror or error}")
+        extra = set(_children(version.path)) - set(version.manifest.files) - {MANIFEST}
+        problems += [f"{file}: not in the manifest" for file in sorted(extra)]
+        if problems:
+            raise Corrupt(
+                f"{version.ref} is damaged: {'; '.join(problems[:8])}; remove it with "
+                f"`roundhouse models rm {version.ref}` and import or publish it again"
+            )
+        return version
+
+    def remove(self, ref: str | Ref) -> None:
+        """Delete one version, given by number; its number is not used again.
+
+        Raises LibraryError while an alias points to it, UnknownModel when there is none.
+        """
+        ref = Ref.parse(ref) if isinstance(ref, str) else ref
+        if ref.version is None:
+            raise LibraryError(f"{ref}: name the version to remove, as in {ref.name}@3")
+        directory = self._directory(ref.name, ref.version)
+        if not (directory / MANIFEST).exists():
+            raise self._unknown(ref)
+        with locked(self._home(ref.name) / ".lock", f"remove {ref}"):
+            pointing = [a for a, number in self.aliases(ref.name).items() if number == ref.version]
+            if pointing:
+                raise LibraryError(
+                    f"{ref}: {', '.join(f'@{alias}' for alias in pointing)} points to it; promote "
+                    "another version first"
+                )
+            # without its manifest a version does not exist; what a crash leaves here, the next
+            # publish or removal clears. The empty directory keeps the number taken.
+            with explained(f"remove {ref}", directory, 0):
+                (directory / MANIFEST).unlink(missing_ok=True)
+                fsync_dir(directory)
+                _empty(directory)
+
+    def _appear(self, name: str, place: Path, draft: Manifest) -> Version:
+        """Take the next number and make ``place`` that version, in one rename."""
+        with locked(self._home(name) / ".lock", f"publish {name}"):
+            number = max(self._numbers(name), default=0) + 1
+            directory = self._directory(name, number)
+            directory.mkdir()
+            manifest = draft.model_copy(update={"version": number}).sealed()
+            text = manifest.model_dump_json(indent=2) + "\n"
+            write_durably(place / MANIFEST, text.encode())
+            os.rename(place, directory)  # onto the empty directory: all files at once, or none
+            fsync_dir(directory.parent)
+        return Version(name, number, directory, manifest)
+
+    def _sweep(self, name: str) -> None:
+        """Clear what an interrupted removal left: files of a version without a manifest."""
+        with locked(self._home(name) / ".lock", f"publish {name}"):
+            for number in self._numbers(name):
+                directory = self._directory(name, number)
+                if not (directory / MANIFEST).exists():
+                    _empty(directory)
+
+    def _read(self, name: str, number: int) -> Version | None:
+        """Return a version, ``None`` when there is no manifest; Corrupt when it is damaged."""
+        directory = self._directory(name, number)
+        path = directory / MANIFEST
+        try:
+            manifest = read_manifest(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, RecursionError) as error:
+            raise Corrupt(
+                f"{path}: damaged ({str(error).splitlines()[0]}), so {name}@{number} cannot be "
+                f"used; remove it with `roundhouse models rm {name}@{number}` and import it again"
+            ) from None
+        if (manifest.name, manifest.version) != (name, number):
+            raise Corrupt(
+                f"{path}: is the manifest of {manifest.name}@{manifest.version}, not of "
+                f"{name}@{number}; remove this version and import it again"
+            )
+        return Version(name, number, directory, manifest)
+
+    def _valid(self, name: str, number: int) -> Version | None:
+        try:
+            return self._read(name, number)
+        except Corrupt:
+            return None
+
+    def _numbers(self, name: str) -> list[int]:
+        children = _children(self._home(name) / "versions")
+        return sorted(int(text) for text in children if re.fullmatch(r"[1-9]\d{0,8}", text))
+
+    def _home(self, name: str) -> Path:
+        if not NAME.fullmatch(name):
+            raise ConfigError(
+                f"model name {name!r:.80}: 1 to 64 of a-z 0-9 . _ -, starting with a letter or "
+                "digit, as in smollm2-135m-instruct"
+            )
+        return self.root / "models" / name
+
+    def _directory(self, name: str, number: int) -> Path:
+        return self._home(name) / "versions" / str(int(number))
+
+    def _unknown(self, ref: Ref) -> UnknownModel:
+        versions = self.versions(ref.name)
+        if versions:
+            numbers = ", ".join(str(version.number) for version in versions[-8:])
+            pointed = ", ".join(f"@{a} -> {n}" for a, n in sorted(self.aliases(ref.name).items()))
+            has = f"versions {numbers}" + (f" and {pointed}" if pointed else " and no alias")
+            return UnknownModel(f"{ref}: no such version; {ref.name} has {has}")
+        names = self.names()
+        if close := difflib.get_close_matches(ref.name, names, n=1):
+            return UnknownModel(f"{ref}: no such model; did you mean {close[0]}?")
+        there = f"the library has {', '.join(names[:8])}" if names else "the library is empty"
+        return UnknownModel(
+            f"{ref}: no such model; {there}; add one with `roundhouse models import SOURCE`"
+        )
+
+
+def _manifest(name: str, taken: Intake, files: dict[str, FileEntry], facts: Facts) -> Manifest:
+    fields = facts.model_dump()
+    fields["dtype"] = facts.dtype or taken.dtype
+    return Manifest(
+        **fields,
+        name=name,
+        version=1,  # its number comes when it appears
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        architecture=Architecture.from_config(taken.config, taken.parameters),
+        files=files,
+        tokenizer="tokenizer.json" in files,
+        chat_template=taken.chat_template,
+    )
+
+
+def _children(directory: Path) -> list[str]:
+    try:
+        return [name for name in os.listdir(directory) if not name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest parent that exists, for asking how much is free."""
+    return next(place for place in (path, *path.parents) if place.exists())
