@@ -1,0 +1,340 @@
+"""``up`` and ``down``: one Ray head on this machine, on loopback, behind a token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cluster import machine, processes
+from cluster.errors import ClusterError
+from cluster.home import home
+from cluster.keys import KeyStore
+from cluster.ports import LOOPBACK, Ports, settle, wanted
+from cluster.private import is_private, locked, make_private_dir, write_private
+from cluster.processes import Proc
+from cluster.session import STATE_SCHEMA, Cluster, from_state, read_state, state_file
+
+Say = Callable[[str], None]
+
+CORE = frozenset({"gcs_server", "raylet", "dashboard"})
+"""Without any one of these there is no cluster."""
+START_TIMEOUT_S = 90.0
+SERVE_TIMEOUT_S = 90.0
+SCRATCH = Path("/tmp")  # not $TMPDIR: a unix socket's path ends at some 107 bytes
+
+# Unset for the head: they would lead it, or whatever it starts, elsewhere.
+DROPPED = (
+    "PYTHONPATH",
+    "RAY_ADDRESS",
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_AUTH_TOKEN",
+    "RAY_DASHBOARD_ADDRESS",
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",
+    "RAY_NAMESPACE",
+    "RAY_RUNTIME_ENV_HOOK",
+    "RAY_SERVE_ENABLE_HA_PROXY",
+    "RAY_START_HOOK",
+    "RAY_TMPDIR",
+    "RAY_USE_TLS",
+)
+
+
+def up(options: Sequence[str], say: Say) -> Cluster:
+    """Start the cluster of this home, or return the one that runs; ready to deploy and train.
+
+    ``options`` are port choices (:func:`cluster.ports.wanted`); ``say`` is told each thing that
+    was found and mended. Interrupted or failed, it takes everything down again.
+    """
+    chosen = wanted(options)
+    root = home()
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root / ".cluster.lock", "the cluster is being started or ended", timeout_s=60):
+        cluster, trouble = examine(root)
+        if cluster:
+            say("the cluster runs already")
+            _start_serve(cluster)
+            KeyStore(root / "keys").demo_key()
+            return cluster
+        if trouble:
+            say(f"mending: {trouble}")
+            _collect(root)
+        ports, told = settle(chosen, processes.listener)
+        for line in told:
+            say(f"mending: {line}")
+        try:
+            return _start(root, ports)
+        except BaseException:
+            _collect(root)
+            raise
+
+
+def down(say: Say) -> int:
+    """End what ``up`` started for this home and remove its scratch files; return how many ended.
+
+    Library, runs and keys stay. Harmless when nothing runs. ClusterError when a process outlives
+    KILL, naming its pid.
+    """
+    root = home()
+    if not root.is_dir():
+        return 0
+    with locked(root / ".cluster.lock", "the cluster is being started or ended", timeout_s=60):
+        ended = _collect(root)
+    say(f"ended {ended} processes" if ended else "nothing was running")
+    return ended
+
+
+def examine(root: Path) -> tuple[Cluster | None, str | None]:
+    """Return the running cluster, or what is wrong with the remains of one, or neither.
+
+    A head whose processes all live but which does not answer is left alone: ClusterError.
+    """
+    strays = processes.of_home(home_id(root))
+    pids = ", ".join(str(proc.pid) for proc in strays[:6]) + (" ..." if len(strays) > 6 else "")
+    try:
+        state = read_state(state_file(root))
+        cluster = from_state(state) if state and state.get("state") == "ready" else None
+    except ClusterError as error:
+        return None, str(error).split(";")[0]
+    if cluster is None:
+        if state:
+            return None, f"an earlier start was interrupted ({len(strays)} processes left)"
+        return None, f"a cluster without its state file is left (pids {pids})" if strays else None
+    dead = [proc for proc in core(cluster) if not proc.alive()]
+    if dead and not strays:
+        return None, "the state file is stale: none of its processes runs any more"
+    if dead:
+        names = ", ".join(f"{proc.name} (pid {proc.pid})" for proc in dead)
+        return None, f"the head is dead: {names} ended, {len(strays)} processes are left"
+    cluster.http("GET", "/api/gcs_healthz", timeout_s=20.0)
+    return cluster, None
+
+
+def core(cluster: Cluster) -> list[Proc]:
+    """Return the processes without which there is no cluster."""
+    return [Proc(**entry) for entry in cluster.processes if entry["name"] in CORE]
+
+
+def home_id(root: Path) -> str:
+    """Return eight characters that stand for a home: its mark, and its scratch directory."""
+    return hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
+
+
+def temp_dir(root: Path) -> Path:
+    """Return Ray's scratch directory for a home: short, local, outside it."""
+    return SCRATCH / f"rh-{home_id(root)}"
+
+
+def ensure_token(root: Path) -> Path:
+    """Return the token's file, 0600 in a 0700 directory; a missing or exposed one is made new."""
+    path = make_private_dir(root / "auth") / "token"
+    if not is_private(path) or not path.read_text().strip():
+        write_private(path, secrets.token_hex(32) + "\n")
+    return path
+
+
+def head_environment(
+    root: Path, token: Path, cluster_id: str, ports: Ports, environ: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the environment of the head, and so of every process that it ever starts."""
+    quiet = f"{LOOPBACK},localhost"
+    bypass = environ.get("no_proxy") or environ.get("NO_PROXY")
+    return {
+        **{name: value for name, value in environ.items() if name not in DROPPED},
+        # a job's `python -m train_jobs.finetune` is looked up here
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environ.get('PATH', os.defpath)}",
+        "no_proxy": f"{bypass},{quiet}" if bypass else quiet,
+        "NO_PROXY": f"{bypass},{quiet}" if bypass else quiet,
+        processes.MARK: cluster_id,
+        "ROUNDHOUSE_HOME": str(root),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
+        "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
+        # less than half the added latency and CPU per streamed token
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+        "RAY_SERVE_PROXY_USE_GRPC": "1",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        # a report waits for the next poll of the controller: 2 s by default
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+        # from TERM to KILL of a stopped job: long enough for a checkpoint
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",
+    }
+
+
+def head_command(ports: Ports, scratch: Path, here: machine.Machine) -> list[str]:
+    """Return the ``ray start`` line."""
+    store = machine.object_store(here, scratch / "store")
+    line = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
+        f"--port={ports.gcs}",
+        f"--node-ip-address={LOOPBACK}",
+        f"--dashboard-host={LOOPBACK}",
+        f"--dashboard-port={ports.dashboard}",
+        "--include-dashboard=true",
+        f"--ray-client-server-port={ports.client}",
+        f"--dashboard-agent-listen-port={ports.agent}",
+        f"--metrics-export-port={ports.metrics}",
+        # any free ones: the fixed range of the default would meet another cluster's workers
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        f"--temp-dir={scratch}",
+        f"--num-cpus={machine.logical_cpus(here.cores)}",
+        f"--object-store-memory={store.size_bytes}",
+        "--disable-usage-stats",
+    ]
+    return [*line, f"--plasma-directory={store.directory}"] if store.directory else line
+
+
+def _start(root: Path, ports: Ports) -> Cluster:
+    scratch = temp_dir(root)
+    _remove_scratch(scratch)
+    scratch.mkdir(mode=0o700)
+    # Whatever starts Serve puts its directory first on the path of every replica: an empty one.
+    empty = scratch / "empty"
+    empty.mkdir()
+    (scratch / "store").mkdir()
+    token = ensure_token(root)
+    cluster_id = f"{home_id(root)}-{secrets.token_hex(4)}"
+    cluster = Cluster(
+        address=f"{LOOPBACK}:{ports.gcs}",
+        dashboard=f"http://{LOOPBACK}:{ports.dashboard}",
+        serve_url=f"http://{LOOPBACK}:{ports.serve}",
+        home=root,
+        token_file=token,
+        temp_dir=scratch,
+        cluster_id=cluster_id,
+        ray=version("ray"),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        ports=asdict(ports),
+    )
+    _write_state(cluster, "starting")
+    environment = head_environment(root, token, cluster_id, ports, os.environ)
+    _run_ray_start(head_command(ports, scratch, machine.look()), environment, empty, scratch)
+    _wait_for_dashboard(cluster)
+    _start_serve(cluster)
+    KeyStore(root / "keys").demo_key()
+    head = [asdict(proc) for proc in processes.of_home(home_id(root)) if proc.name in CORE]
+    ready = from_state({**_state(cluster, "ready"), "processes": head})
+    if missing := CORE - {str(entry["name"]) for entry in head}:
+        raise ClusterError(f"{', '.join(sorted(missing))} ended right after the start; try again")
+    _write_state(ready, "ready")
+    return ready
+
+
+def _run_ray_start(
+    command: Sequence[str], environment: Mapping[str, str], empty: Path, scratch: Path
+) -> None:
+    log = scratch / "start.log"
+    with log.open("wb") as sink:
+        starter = subprocess.Popen(
+            command,
+            cwd=empty,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is ours to answer, not the head's
+        )
+        try:
+            status = starter.wait(START_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            status = None
+    if status != 0:
+        how = f"exit {status}" if status is not None else f"not ready in {START_TIMEOUT_S:.0f} s"
+        lines = log.read_text(errors="replace").splitlines()
+        tail = "\n".join(line for line in lines if line.strip())[-3000:]
+        raise ClusterError(f"the head did not start ({how}); `roundhouse doctor` may help:\n{tail}")
+
+
+def _wait_for_dashboard(cluster: Cluster) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            cluster.json("GET", "/api/version", timeout_s=10.0)
+            return
+        except ClusterError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _start_serve(cluster: Cluster) -> None:
+    """Start Serve where none runs. Its port stays what its first starter said: so it is us."""
+    route = "/api/serve/applications/"
+    if cluster.json("GET", route).get("controller_info"):
+        return
+    wish: dict[str, Any] = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": LOOPBACK, "port": cluster.ports["serve"]},
+        "applications": [],
+    }
+    deadline = time.monotonic() + SERVE_TIMEOUT_S
+    cluster.json("PUT", route, json=wish, timeout_s=SERVE_TIMEOUT_S)
+    while True:
+        proxies = cluster.json("GET", route).get("proxies") or {}
+        states = [str(proxy.get("status")) for proxy in proxies.values()]
+        if states and all(state == "HEALTHY" for state in states):
+            return
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"Serve's HTTP proxy is not healthy after {SERVE_TIMEOUT_S:.0f} s "
+                f"({', '.join(states) or 'no proxy'}); logs: {cluster.temp_dir}"
+            )
+        time.sleep(0.1)
+
+
+def _collect(root: Path) -> int:
+    """End every process of this home's clusters, then remove what they leave on the disk."""
+    ended: set[int] = set()
+    for _ in range(5):  # a dying raylet may still start a worker
+        strays = processes.of_home(home_id(root))
+        if not strays:
+            break
+        left = processes.end(strays)
+        ended |= {proc.pid for proc in strays} - {proc.pid for proc in left}
+    if left := processes.of_home(home_id(root)):
+        raise ClusterError(
+            f"processes {', '.join(str(proc.pid) for proc in left)} do not end, not even by "
+            "KILL; look at them with ps, then repeat `roundhouse down`"
+        )
+    _remove_scratch(temp_dir(root))
+    state_file(root).unlink(missing_ok=True)
+    return len(ended)
+
+
+def _remove_scratch(scratch: Path) -> None:
+    try:
+        held = scratch.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(held.st_mode) or held.st_uid != os.getuid():
+        raise ClusterError(f"{scratch} is in the way: not a directory of yours; remove it")
+    shutil.rmtree(scratch)
+
+
+def _state(cluster: Cluster, state: str) -> dict[str, Any]:
+    return {"schema": STATE_SCHEMA, "state": state, **asdict(cluster)}
+
+
+def _write_state(cluster: Cluster, state: str) -> None:
+    text = json.dumps(_state(cluster, state), indent=2, default=str)
+    write_private(state_file(cluster.home), text + "\n")
