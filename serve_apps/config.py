@@ -7,6 +7,18 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cluster.config import Frozen
+from cluster.library.ref import CHAMPION, Ref
+
+GATEWAY_APP = "gateway"
+GATEWAY = "Gateway"
+REPLICA = "Replica"
+FRONT_CPUS = 0.25
+"""Logical CPUs of the gateway and of a replica's front: both wait for others nearly always."""
+
+
+def model_app(name: str) -> str:
+    """Return the Serve application that answers for a model."""
+    return f"model-{name}"
 
 
 class Limits(Frozen):
@@ -26,6 +38,11 @@ class Limits(Frozen):
     request_timeout_s: PositiveFloat = 300.0
     """From admission to the last token."""
     first_token_timeout_s: PositiveFloat = 60.0
+    """Also bounds the wait for a replica that is being rebuilt."""
+    body_timeout_s: PositiveFloat = 30.0
+    """A request body that has not arrived by then is answered 408."""
+    max_json_depth: PositiveInt = 32
+    """Lists and objects inside each other in a request body."""
 
 
 class Fake(Frozen):
@@ -95,11 +112,31 @@ class ModelConfig(Frozen):
     num_gpus: float = Field(0.0, ge=0)
     """GPUs reserved for each rank."""
 
+    @property
+    def name(self) -> str:
+        """The model's name, without a selector."""
+        return self.model.partition("@")[0]
+
+    @property
+    def alias(self) -> str:
+        """The alias whose version answers for this model."""
+        return self.model.partition("@")[2] or CHAMPION
+
+    @property
+    def bundles(self) -> tuple[dict[str, float], ...]:
+        """What one replica reserves: its front first, then one bundle for each rank of its own."""
+        front = {"CPU": FRONT_CPUS}
+        if self.engine.kind == "fake" or self.engine.host == "process":
+            return (front,)
+        rank = {"CPU": self.num_cpus} | ({"GPU": self.num_gpus} if self.num_gpus else {})
+        return (front, *([rank] * self.engine.tensor_parallel))
+
     @model_validator(mode="after")
     def _names_an_alias(self) -> ModelConfig:
-        from cluster.library.ref import Ref
 
         ref = Ref.parse(self.model)
+        if ref.live is not None:
+            raise ValueError(f"model: {self.model} is a version of a running job; name an alias")
         if ref.version is not None:
             raise ValueError(
                 f"model: {self.model} names a fixed version; write {ref.name} (or "
@@ -116,7 +153,40 @@ class ServeConfig(Frozen):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> ServeConfig:
-        names = [m.model.partition("@")[0] for m in self.models]
+        names = [m.name for m in self.models]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"models: {', '.join(twice)} appears twice; one application per name")
         return self
+
+
+class GatewayArgs(Frozen):
+    """What the gateway's application is built from.
+
+    Limits travel as Serve's ``user_config``, which changes a running replica in place.
+    """
+
+    kind: Literal["gateway"] = "gateway"
+    revision: str
+    """The code package's hash: Serve keeps an old build while path and arguments are unchanged."""
+
+
+class ModelArgs(Frozen):
+    """What one model's application is built from."""
+
+    kind: Literal["model"] = "model"
+    revision: str
+    model: ModelConfig
+
+
+class BuildArgs(Frozen):
+    """The argument of ``serve_apps.app:build``: one of the applications of this project."""
+
+    app: GatewayArgs | ModelArgs = Field(discriminator="kind")
+
+
+class GatewaySettings(Frozen):
+    """The gateway's ``user_config``."""
+
+    limits: Limits = Field(default_factory=Limits)
+    models: tuple[str, ...] = ()
+    """Names that must answer before ``/readyz`` says so."""

@@ -1,0 +1,154 @@
+"""``serve_apps.app:build``: the one import path in rendered Serve files.
+
+Plain classes become deployments here and only here.
+"""
+
+# No `from __future__ import annotations` in this file: Serve turns the arguments of a YAML file
+# into BuildArgs only if the annotation is a class; given a string it hands over the raw dict.
+
+import asyncio
+import logging
+from typing import Any
+
+from ray import serve
+from ray.serve.config import BackpressureConfig
+
+from serve_apps.config import (
+    FRONT_CPUS,
+    GATEWAY,
+    REPLICA,
+    BuildArgs,
+    GatewayArgs,
+    GatewaySettings,
+    Limits,
+    ModelArgs,
+    ModelConfig,
+)
+
+GATEWAY_STREAMS = 512
+GATEWAY_QUEUE = 128
+MARGIN = 16
+"""Calls beyond what the engine takes that still reach it, to be refused there with a reason."""
+HEALTH_PERIOD_S = 3.0
+HEALTH_TIMEOUT_S = 10.0
+
+log = logging.getLogger(__name__)
+
+
+class ServedReplica:
+    """What Serve runs for a model: a Replica with the cluster's collaborators."""
+
+    async def __init__(self, config: dict[str, Any], revision: str) -> None:  # type: ignore[misc]
+        """Start the engine and load the version that answers; Serve awaits constructors."""
+        from cluster.library.store import Library
+        from serve_apps.engine.open import open_engine
+        from serve_apps.releases_actor import RemoteReleases
+        from serve_apps.replica import Replica
+
+        model = ModelConfig.model_validate(config)
+        who = serve.get_replica_context().replica_id.unique_id
+        board = RemoteReleases(revision)
+        self._replica = Replica(model, open_engine(model.engine), Library(), board, who)
+        try:
+            await self._replica.start()
+        except BaseException:
+            await self._replica.stop()
+            raise
+
+    async def generate(self, call: Any) -> Any:
+        """See :meth:`Replica.generate`."""
+        stream = self._replica.generate(call)
+        try:
+            async for event in stream:
+                yield event
+        finally:
+            await stream.aclose()
+
+    async def check_health(self) -> None:
+        """See :meth:`Replica.check_health`."""
+        await self._replica.check_health()
+
+    async def __del__(self) -> None:
+        """Serve awaits this after the last request has ended, or its grace time has."""
+        if hasattr(self, "_replica"):
+            await self._replica.stop()
+
+
+class ServedGateway:
+    """What Serve runs in front: the gateway over this cluster's models."""
+
+    async def __init__(self, revision: str) -> None:  # type: ignore[misc]
+        """Make sure that the Releases actor runs this code, and follow it."""
+        from cluster.home import keys_dir
+        from cluster.keys import KeyStore
+        from serve_apps.gateway.app import Gateway
+        from serve_apps.gateway.serve_backend import ServeBackend
+        from serve_apps.releases_actor import RemoteReleases, renew_releases
+
+        await renew_releases(revision)
+        self._keys = KeyStore(keys_dir())
+        self._backend = ServeBackend(RemoteReleases(revision))
+        self._gateway = Gateway(self._backend, Limits())
+        self._following = asyncio.create_task(self._backend.follow())
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from serve_apps.gateway.app import make_app
+
+        # Serve's proxy adds the request id's header itself
+        return make_app(self._backend, self._keys, self._gateway, tag=False)
+
+    def reconfigure(self, settings: dict[str, Any]) -> None:
+        """Take new limits and models; what runs keeps those it began with."""
+        new = GatewaySettings.model_validate(settings)
+        self._gateway.limits, self._backend.expected = new.limits, new.models
+
+    async def check_health(self) -> None:
+        """Raise when the gateway has stopped following releases."""
+        if self._following.done():
+            raise RuntimeError(f"releases are not followed any more: {self._following}")
+
+
+def build(args: BuildArgs) -> serve.Application:
+    """Return the application that ``args`` describes: the gateway, or one model's."""
+    match BuildArgs.model_validate(args).app:
+        case GatewayArgs() as gateway:
+            return _gateway(gateway)
+        case ModelArgs() as model:
+            return _model(model)
+
+
+def _gateway(args: GatewayArgs) -> serve.Application:
+    deployment = serve.deployment(
+        serve.ingress()(ServedGateway),
+        name=GATEWAY,
+        ray_actor_options={"num_cpus": FRONT_CPUS},
+        max_ongoing_requests=GATEWAY_STREAMS,
+        max_queued_requests=GATEWAY_QUEUE,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=2),
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=30.0,
+        # a new build stands beside the old one until it is ready: no gap
+        max_surge_percent=100,
+        user_config=GatewaySettings().model_dump(mode="json"),
+    )
+    return deployment.bind(args.revision)
+
+
+def _model(args: ModelArgs) -> serve.Application:
+    model = args.model
+    taken = model.engine.max_concurrent + model.engine.max_queued + MARGIN
+    bundles = [dict(bundle) for bundle in model.bundles]
+    deployment = serve.deployment(
+        ServedReplica,
+        name=REPLICA,
+        num_replicas=model.replicas,
+        ray_actor_options={"num_cpus": FRONT_CPUS},
+        **({"placement_group_bundles": bundles} if len(bundles) > 1 else {}),
+        max_ongoing_requests=taken,
+        max_queued_requests=taken,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=model.drain_s + 5.0,
+    )
+    return deployment.bind(model.model_dump(mode="json"), args.revision)

@@ -1,0 +1,188 @@
+"""The gateway: who is it, is the request within bounds, which version answers, and the reply."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from cluster.errors import RequestError
+from serve_apps.calls import Call, Event
+from serve_apps.config import Limits
+from serve_apps.gateway import errors, wire
+from serve_apps.gateway.backend import Backend, events
+from serve_apps.gateway.body import ClientGone, read_object
+from serve_apps.gateway.front import Front, Keys
+from serve_apps.gateway.replies import Reply, frame
+from serve_apps.gateway.stream import EventStream, unless_gone
+from serve_apps.release_policy import Served, resolve, served_id
+
+GONE = 499
+"""What logs say of a client that left; it never arrives anywhere."""
+
+
+class Gateway:
+    """The routes' handlers. ``limits`` may be replaced at any time; each request reads it once."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        limits: Limits,
+        clock: Callable[[], float] = time.time,
+        new_id: Callable[[], str] = lambda: secrets.token_hex(12),
+    ) -> None:
+        self._backend, self.limits = backend, limits
+        self._clock, self._new_id = clock, new_id
+
+    async def healthz(self) -> Response:
+        """Say that this process answers."""
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(self) -> Response:
+        """Say whether every configured model answers (200), or not yet (503)."""
+        if self._backend.ready():
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "starting"}, 503, headers={"retry-after": "2"})
+
+    async def models(self) -> Response:
+        """List the models that answer now."""
+        served = self._backend.served().values()
+        found = [_model(one, served_id(one)) for one in served if one.active]
+        return JSONResponse({"object": "list", "data": found})
+
+    async def model(self, model: str) -> Response:
+        """Describe one model, by any reference that a request may use."""
+        found, version = resolve(model, self._backend.served())
+        return JSONResponse(_model(found, model, version))
+
+    async def chat(self, request: Request) -> Response:
+        """Answer ``POST /v1/chat/completions``."""
+        limits = self.limits
+        body = wire.parse(
+            await read_object(request.scope, request.receive, limits), wire.ChatRequest
+        )
+        served, version = resolve(body.model, self._backend.served())
+        call = wire.chat_call(body, f"chatcmpl-{self._new_id()}", version, limits)
+        return await self._reply(request, body, call, served.name, limits)
+
+    async def completions(self, request: Request) -> Response:
+        """Answer ``POST /v1/completions``."""
+        limits = self.limits
+        given = await read_object(request.scope, request.receive, limits)
+        body = wire.parse(given, wire.CompletionRequest)
+        served, version = resolve(body.model, self._backend.served())
+        call = wire.completion_call(body, f"cmpl-{self._new_id()}", version, limits)
+        return await self._reply(request, body, call, served.name, limits)
+
+    async def _reply(
+        self, request: Request, body: wire.Common, call: Call, name: str, limits: Limits
+    ) -> Response:
+        reply = Reply.begin(
+            call.messages is not None,
+            call.request_id,
+            body.model,
+            int(self._clock()),
+            body.include_usage,
+            call.answers,
+        )
+        stream = events(self._backend, name, call, limits)
+        if not body.stream:
+            await unless_gone(request.receive, _collect(stream, reply))
+            return JSONResponse(reply.document(), headers=_headers(reply.version))
+        # Until the first token there is a status code to tell a failure with; so wait for it.
+        first = await unless_gone(request.receive, _first(stream))
+        frames = _frames(first, stream, reply, request.state.request_id)
+        return EventStream(frames, _headers(first.version))
+
+
+async def _collect(stream: AsyncGenerator[Event, None], reply: Reply) -> None:
+    async with aclosing(stream):
+        async for event in stream:
+            reply.add(event)
+
+
+async def _first(stream: AsyncGenerator[Event, None]) -> Event:
+    try:
+        return await anext(stream)
+    except BaseException:
+        await stream.aclose()
+        raise
+
+
+async def _frames(
+    first: Event, stream: AsyncGenerator[Event, None], reply: Reply, request_id: str
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(stream):
+        for part in reply.frames(first):
+            yield part
+        try:
+            async for event in stream:
+                for part in reply.frames(event):
+                    yield part
+        except RequestError as error:
+            yield frame(errors.body(error, request_id))
+            return
+        for part in reply.last_frames():
+            yield part
+
+
+def _headers(version: str) -> dict[str, str]:
+    return {"x-roundhouse-model": version}
+
+
+def _model(served: Served, name: str, version: str | None = None) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "roundhouse",
+        "root": version or (served.active[-1] if served.active else None),
+        "live": list(served.live),
+    }
+
+
+def make_app(
+    backend: Backend,
+    keys: Keys,
+    limits: Limits | Gateway,
+    tag: bool = True,
+) -> FastAPI:
+    """Return the ASGI app over ``backend``; every path but the two health paths needs a key.
+
+    ``limits`` may be a Gateway of one's own, whose limits change while it runs. ``tag=False``
+    leaves the ``x-request-id`` header to a proxy that sets it anyway.
+    """
+    gateway = limits if isinstance(limits, Gateway) else Gateway(backend, limits)
+    # no docs: an unauthenticated description of the service is nobody's need
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_api_route("/healthz", gateway.healthz, methods=["GET"], response_model=None)
+    app.add_api_route("/readyz", gateway.readyz, methods=["GET"], response_model=None)
+    app.add_api_route("/v1/models", gateway.models, methods=["GET"], response_model=None)
+    app.add_api_route("/v1/models/{model}", gateway.model, methods=["GET"], response_model=None)
+    app.add_api_route("/v1/chat/completions", gateway.chat, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/completions", gateway.completions, methods=["POST"], response_model=None)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientGone, _client_gone)
+    app.add_middleware(Front, keys=keys, tag=tag)
+    return app
+
+
+def _client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=GONE)
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    told = {
+        404: RequestError("no such path; the API lies under /v1", 404, "not_found"),
+        405: RequestError("this path knows another method", 405, "method_not_allowed"),
+    }.get(status) or RequestError("the request cannot be handled", status, "invalid_request")
+    kept = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    return JSONResponse(errors.body(told, request.state.request_id), status, headers=kept)

@@ -1,0 +1,90 @@
+"""The models of a cluster: Serve handles by name, and the Releases actor's word on versions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Protocol
+
+from cluster.errors import RequestError, RoundhouseError
+from serve_apps.calls import Call, Event, Refusal
+from serve_apps.config import REPLICA, model_app
+from serve_apps.release_policy import Served
+
+AWAY_S = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class Snapshots(Protocol):
+    """Where to follow releases."""
+
+    async def snapshot(self, have: Mapping[str, Served] | None = None) -> dict[str, Served]:
+        """Return what is live, once it differs from ``have`` or a bounded time has passed."""
+
+
+class ServeBackend:
+    """See :class:`serve_apps.gateway.backend.Backend`. ``follow`` runs as long as the gateway."""
+
+    def __init__(self, releases: Snapshots) -> None:
+        self._releases = releases
+        self._served: dict[str, Served] = {}
+        self._handles: dict[str, Any] = {}
+        self.expected: tuple[str, ...] | None = None
+        """Models that must answer before the gateway is ready; ``None``: not told yet."""
+
+    def served(self) -> Mapping[str, Served]:
+        """Return what the Releases actor said last; its absence changes nothing."""
+        return self._served
+
+    def ready(self) -> bool:
+        """Say whether every expected model has a replica that answers."""
+        return self.expected is not None and all(
+            name in self._served and self._served[name].active for name in self.expected
+        )
+
+    async def follow(self) -> None:
+        """Keep up with the Releases actor, for ever."""
+        have: dict[str, Served] | None = None
+        while True:
+            try:
+                have = self._served = await self._releases.snapshot(have)
+            except RoundhouseError as error:
+                log.warning("releases: %s", error)
+                await asyncio.sleep(AWAY_S)
+
+    async def generate(self, name: str, call: Call) -> AsyncGenerator[Event | Refusal, None]:
+        """Stream from one replica; closing this ends the request there."""
+        from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+        handle = await self._handle(name)
+        stream = handle.generate.remote(call)
+        try:
+            async for event in stream:
+                yield event
+        except BackPressureError:
+            raise RequestError(
+                f"too many requests wait for {name}; try again", 429, "engine_full", None, 2
+            ) from None
+        except DeploymentUnavailableError:
+            raise RequestError(
+                f"{name} failed to start; `roundhouse status` says why",
+                503,
+                "unavailable",
+                None,
+                10,
+            ) from None
+        finally:
+            stream.cancel()  # nothing, when it has ended
+
+    async def _handle(self, name: str) -> Any:
+        if name not in self._handles:
+            from ray import serve
+
+            # it asks the controller and blocks: not on the loop that streams
+            handle = await asyncio.to_thread(
+                serve.get_deployment_handle, REPLICA, app_name=model_app(name)
+            )
+            self._handles[name] = handle.options(stream=True)
+        return self._handles[name]

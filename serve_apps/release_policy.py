@@ -1,0 +1,143 @@
+"""Which version answers, and what a promotion does next: decisions about values. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cluster.errors import ConfigError, RequestError
+from cluster.library.ref import CHAMPION, Ref
+
+WATCH_S = 5.0
+"""A follower asks again at least this often; so a dead one is noticed."""
+LIVE_S = 3 * WATCH_S
+"""A replica that has not asked for this long is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a replica should bring about."""
+
+    active: str | None
+    """The version that answers, as ``name@3``; ``None``: the alias points nowhere."""
+    also: str | None = None
+    """A version to hold beside it: the target of a promotion."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a replica has brought about."""
+
+    active: str | None = None
+    """The version that it answers with; ``None`` while it starts, or when its engine is dead."""
+    held: tuple[str, ...] = ()
+    """Versions that it can answer with, the active one included."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Versions that it could not load, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a gateway knows about one model."""
+
+    name: str
+    alias: str
+    """The alias whose version answers for the bare name."""
+    active: tuple[str, ...]
+    """The version that answers; two for a moment, while replicas flip one after the other."""
+    live: tuple[str, ...]
+    """Versions that some replica holds, so that ``name@3`` can be asked for."""
+    aliases: Mapping[str, int] = field(default_factory=dict)
+    created: int = 0
+    """Seconds since the epoch: when the active version was made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing to do yet; ``why`` is what a progress line says."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Go:
+    """Every replica is where this phase wants it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """It cannot succeed; ``reason`` is for whoever asked."""
+
+    reason: str
+
+
+Decision = Wait | Go | GiveUp
+
+
+def after_load(target: str, replicas: Mapping[str, Report]) -> Decision:
+    """Decide whether the first phase is over: all live replicas hold the target."""
+    failed = {
+        who: report.failed[target] for who, report in replicas.items() if target in report.failed
+    }
+    if failed:
+        who, why = sorted(failed.items())[0]
+        return GiveUp(f"replica {who} could not load {target}: {why}")
+    return _all("loading", target, replicas, {w for w, r in replicas.items() if target in r.held})
+
+
+def after_swap(target: str, replicas: Mapping[str, Report]) -> Decision:
+    """Decide whether the second phase is over: all live replicas answer with the target."""
+    return _all(
+        "activating", target, replicas, {w for w, r in replicas.items() if r.active == target}
+    )
+
+
+def _all(doing: str, target: str, replicas: Mapping[str, Report], there: set[str]) -> Decision:
+    if not replicas:
+        return Wait(f"{doing} {target}: waiting for a live replica")
+    if len(there) < len(replicas):
+        return Wait(f"{doing} {target}: {len(there)} of {len(replicas)} replicas")
+    return Go()
+
+
+def served_id(served: Served) -> str:
+    """Return the text that clients use as ``model``."""
+    return served.name if served.alias == CHAMPION else f"{served.name}@{served.alias}"
+
+
+def resolve(model: str, served: Mapping[str, Served]) -> tuple[Served, str | None]:
+    """Return the model that a request names, and the version that it insists on (or ``None``).
+
+    Raises RequestError (404) that names what could be asked for instead.
+    """
+    try:
+        ref = Ref.parse(model)
+    except ConfigError:
+        raise _unknown(model, served) from None
+    found = served.get(ref.name)
+    if found is None:
+        raise _unknown(model, served)
+    if ref.live is None and ref.version is None and ref.alias in (None, found.alias):
+        return found, None
+    number = ref.version or found.aliases.get(ref.alias or "")
+    version = f"{ref.name}@{number}"
+    if number is None or version not in found.live:
+        live = ", ".join(found.live) or "none"
+        raise RequestError(
+            f"{model:.80} is not live; versions of {ref.name} that are: {live}. Put another one "
+            "live with `roundhouse promote`",
+            404,
+            "model_not_found",
+            "model",
+        )
+    return found, version
+
+
+def _unknown(model: str, served: Mapping[str, Served]) -> RequestError:
+    known: Sequence[str] = sorted(served_id(one) for one in served.values())
+    return RequestError(
+        f"no model {model!r:.80} here; there are: {', '.join(known) or 'none yet'}",
+        404,
+        "model_not_found",
+        "model",
+    )

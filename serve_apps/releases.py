@@ -1,0 +1,267 @@
+"""The Releases actor: which version answers, and promotions in two phases.
+
+The library's aliases are the record; everything else here is what replicas reported lately, so
+after a crash the next polls rebuild it. First all live replicas load the target beside what they
+have; only then the alias moves, by compare-and-swap; then they activate it, let the requests of
+the old version finish, and release it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from cluster.errors import Conflict, LibraryError, ReleaseError, RoundhouseError
+from cluster.library.ref import CHAMPION, Ref
+from cluster.library.store import Library
+from serve_apps.release_policy import (
+    LIVE_S,
+    WATCH_S,
+    Decision,
+    GiveUp,
+    Go,
+    Order,
+    Report,
+    Served,
+    Wait,
+    after_load,
+    after_swap,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Model:
+    """What is known about one deployed model since this process began."""
+
+    alias: str
+    reports: dict[str, Report]
+    seen_s: dict[str, float]
+    target: str | None = None
+    progress: str = ""
+
+
+class Releases:
+    """Plain class; one detached actor of it exists on a cluster (:mod:`serve_apps.releases_actor`).
+
+    All methods run on one event loop and return soon, except ``watch`` and ``snapshot`` (at most
+    ``WATCH_S``) and ``promote`` (its own bound).
+    """
+
+    def __init__(
+        self,
+        library: Library | None = None,
+        revision: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._library = library or Library()
+        self._revision = revision
+        self._clock = clock
+        self._models: dict[str, _Model] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._changed = asyncio.Event()
+
+    async def revision(self) -> str:
+        """Return the hash of the code that this actor runs."""
+        return self._revision
+
+    async def watch(
+        self, name: str, alias: str, replica: str, report: Report, have: Order | None
+    ) -> Order:
+        """Take a replica's report; return its order once that differs from ``have``.
+
+        After ``WATCH_S`` the same order is returned again: to ask is to live.
+        """
+        await self.report(name, alias, replica, report)
+        until = self._clock() + WATCH_S
+        while (order := self._order(name, alias)) == have:
+            if not await self._wait(until):
+                break
+        return order
+
+    async def report(self, name: str, alias: str, replica: str, report: Report) -> None:
+        """Take what a replica has just brought about."""
+        model = self._model(name, alias)
+        model.seen_s[replica] = self._clock()
+        if model.reports.get(replica) != report:
+            model.reports[replica] = report
+            self._tell()
+
+    async def leave(self, name: str, replica: str) -> None:
+        """Forget a replica that shuts down."""
+        if (model := self._models.get(name)) and model.reports.pop(replica, None) is not None:
+            model.seen_s.pop(replica, None)
+            self._tell()
+
+    async def snapshot(self, have: Mapping[str, Served] | None = None) -> dict[str, Served]:
+        """Return what gateways need about every model, once it differs from ``have``."""
+        until = self._clock() + WATCH_S
+        while (now := self._served()) == have:
+            if not await self._wait(until):
+                break
+        return now
+
+    async def progress(self, name: str) -> str:
+        """Return one line on the promotion that runs for ``name``; empty when none does."""
+        model = self._models.get(name)
+        return model.progress if model else ""
+
+    async def promote(
+        self,
+        name: str,
+        number: int,
+        alias: str | None = None,
+        expected: int | None = None,
+        timeout_s: float = 120.0,
+        by: str = "promote",
+    ) -> int | None:
+        """Make ``name@number`` what ``alias`` means and what answers; return the number before.
+
+        ``alias`` is by default the one that the model is deployed with; ``expected`` the version
+        it must point at now. Raises ReleaseError when a replica cannot load the target, when
+        ``timeout_s`` is over, or when the alias moved meanwhile; the alias then stays as it is.
+        """
+        target = self._library.get(name, number)
+        model = self._models.get(name)
+        alias = alias or (model.alias if model else None)
+        if alias is None:
+            raise ReleaseError(f"{name} is not deployed; `roundhouse deploy CONFIG` serves it")
+        async with self._lock(name):
+            now = self._library.aliases(name).get(alias)
+            if expected is not None and now != expected:
+                raise ReleaseError(
+                    f"{name}@{alias} points to version {now}, not to {expected}; nothing changed"
+                )
+            if model is None or alias != model.alias or not self._live(name):
+                self._swap(name, alias, number, now, by)
+                self._tell()
+                return now
+            until = self._clock() + timeout_s
+            try:
+                model.target = target.ref
+                self._tell()
+                await self._until(model, name, after_load, target.ref, until, timeout_s)
+                self._swap(name, alias, number, now, by)
+                self._tell()
+                await self._until(model, name, after_swap, target.ref, until, timeout_s)
+            finally:
+                model.target, model.progress = None, ""
+                self._tell()
+            return now
+
+    async def _until(
+        self,
+        model: _Model,
+        name: str,
+        decide: Callable[[str, Mapping[str, Report]], Decision],
+        target: str,
+        until: float,
+        timeout_s: float,
+    ) -> None:
+        moved = decide is after_swap
+        state = "its alias has moved" if moved else "nothing changed"
+        while True:
+            match decide(target, self._live(name)):
+                case Go():
+                    return
+                case GiveUp(reason):
+                    raise ReleaseError(f"{reason}; {state}")
+                case Wait(why):
+                    model.progress = why
+                    if self._clock() >= until:
+                        raise ReleaseError(
+                            f"{why}, still so after {timeout_s:g} s (--timeout); {state}"
+                        )
+            # a replica that dies makes no sound: look again before the bound
+            await self._wait(min(until, self._clock() + 1.0))
+
+    def _swap(self, name: str, alias: str, to: int, expected: int | None, by: str) -> None:
+        if to == expected:
+            return
+        try:
+            self._library.move_alias(name, alias, to, expected, by)
+        except Conflict as error:
+            raise ReleaseError(f"{error}; nothing changed") from None
+
+    def _order(self, name: str, alias: str) -> Order:
+        model = self._model(name, alias)
+        return Order(self._active(name, alias), model.target)
+
+    def _active(self, name: str, alias: str) -> str | None:
+        """Return the version that the library's record says; it may be moved by hand, too."""
+        try:
+            # a bare name is its champion, and before there is one its newest version
+            ref = Ref(name) if alias == CHAMPION else Ref(name, alias=alias)
+            return self._library.resolve(ref).ref
+        except LibraryError as error:
+            log.warning("%s@%s: %s", name, alias, error)
+            return None
+
+    def _live(self, name: str) -> dict[str, Report]:
+        model = self._models[name]
+        now = self._clock()
+        for replica in [r for r, seen in model.seen_s.items() if now - seen > LIVE_S]:
+            del model.reports[replica], model.seen_s[replica]
+        return dict(model.reports)
+
+    def _served(self) -> dict[str, Served]:
+        served = {}
+        for name, model in self._models.items():
+            reports = self._live(name).values()
+            if not reports:
+                continue
+            active = tuple(sorted({r.active for r in reports if r.active}))
+            served[name] = Served(
+                name=name,
+                alias=model.alias,
+                active=active,
+                live=tuple(sorted({held for r in reports for held in r.held})),
+                aliases=self._aliases(name),
+                created=self._created(active[-1]) if active else 0,
+            )
+        return served
+
+    def _aliases(self, name: str) -> dict[str, int]:
+        try:
+            return self._library.aliases(name)
+        except LibraryError as error:
+            log.warning("%s: %s", name, error)
+            return {}
+
+    def _created(self, version: str) -> int:
+        try:
+            made = self._library.resolve(version).manifest.created
+            return int(datetime.fromisoformat(made).timestamp())
+        except (RoundhouseError, ValueError):
+            return 0
+
+    def _model(self, name: str, alias: str) -> _Model:
+        model = self._models.setdefault(name, _Model(alias, {}, {}))
+        model.alias = alias
+        return model
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def _wait(self, until: float) -> bool:
+        """Wait for the next change; return whether there was one before ``until``.
+
+        Nothing is missed between a look and this call: it takes the event before it suspends.
+        """
+        changed, left = self._changed, until - self._clock()
+        if left <= 0:
+            return False
+        try:
+            await asyncio.wait_for(changed.wait(), left)
+        except TimeoutError:
+            return False
+        return True

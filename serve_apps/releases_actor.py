@@ -1,0 +1,118 @@
+"""The rim of releases: finding, making and calling the one detached actor."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.errors import RoundhouseError
+from serve_apps.release_policy import WATCH_S, Order, Report, Served
+from serve_apps.releases import Releases
+
+NAME = "releases"
+NAMESPACE = "roundhouse"
+CALL_S = WATCH_S + 10.0
+"""Bound of any call but a promotion."""
+REPLACE_S = 20.0
+
+log = logging.getLogger(__name__)
+
+
+def open_releases(revision: str) -> Any:
+    """Return the actor's handle, making the actor where there is none.
+
+    It inherits the code package of the process that makes it.
+    """
+    import ray
+
+    return (
+        ray.remote(Releases)
+        .options(
+            name=NAME,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=0,
+            max_concurrency=1000,
+        )
+        .remote(None, revision)
+    )
+
+
+async def renew_releases(revision: str) -> Any:
+    """Return an actor that runs the code of ``revision``, replacing one that runs another.
+
+    Only the gateway calls this, once in its constructor: its deployment is what changed code
+    replaces first, and replicas report again to whatever actor bears the name.
+    """
+    import ray
+
+    async with asyncio.timeout(REPLACE_S):
+        while True:
+            actor = open_releases(revision)
+            try:
+                if await actor.revision.remote() == revision:
+                    return actor
+                ray.kill(actor)
+            except ray.exceptions.RayActorError:
+                log.info("the Releases actor is going; waiting for its name")
+            await asyncio.sleep(0.1)
+
+
+def find_releases() -> Any | None:
+    """Return the actor's handle, or ``None`` where nothing was deployed yet."""
+    import ray
+
+    try:
+        return ray.get_actor(NAME, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+class RemoteReleases:
+    """The actor, as a follower sees it: each call is bounded, and survives its replacement."""
+
+    def __init__(self, revision: str) -> None:
+        self._revision = revision
+        self._actor: Any | None = None
+
+    async def watch(
+        self, name: str, alias: str, replica: str, report: Report, have: Order | None
+    ) -> Order:
+        """See :meth:`Releases.watch`."""
+        order: Order = await self._call("watch", name, alias, replica, report, have)
+        return order
+
+    async def report(self, name: str, alias: str, replica: str, report: Report) -> None:
+        """See :meth:`Releases.report`."""
+        await self._call("report", name, alias, replica, report)
+
+    async def leave(self, name: str, replica: str) -> None:
+        """See :meth:`Releases.leave`."""
+        await self._call("leave", name, replica)
+
+    async def snapshot(self, have: Mapping[str, Served] | None = None) -> dict[str, Served]:
+        """See :meth:`Releases.snapshot`."""
+        served: dict[str, Served] = await self._call("snapshot", have)
+        return served
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        import ray
+
+        if self._actor is None:
+            # looking a name up asks the head and blocks: not on the loop that streams tokens
+            self._actor = await asyncio.to_thread(open_releases, self._revision)
+        try:
+            async with asyncio.timeout(CALL_S):
+                return await getattr(self._actor, method).remote(*args)
+        except (ray.exceptions.RayActorError, TimeoutError) as error:
+            self._actor = None
+            raise ReleasesAway(f"the Releases actor did not answer {method}: {error}") from None
+
+
+class ReleasesAway(RoundhouseError):
+    """The actor is being restarted; ask again."""

@@ -1,0 +1,118 @@
+"""One engine's front: text to ids and back, admission, health, and versions that flip live.
+
+A plain class without torch; ``serve_apps.app`` wraps it for Serve, tests use it as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from cluster.errors import EngineError, RequestError
+from cluster.library.store import Library
+from cluster.text.chat import ChatText
+from serve_apps.answers import Prepared, answer, merge, prepare
+from serve_apps.calls import Call, Event, Refusal
+from serve_apps.config import ModelConfig
+from serve_apps.engine.interface import Engine, EngineInfo, Stream
+from serve_apps.versions import Board, Versions
+
+HEALTH_S = 8.0
+"""Bound of one health check; below the time-out that Serve is given for it."""
+TRIES = 3
+"""Times that a call may see its version retired while its prompt is encoded."""
+
+log = logging.getLogger(__name__)
+
+
+class Replica:
+    """Call ``start`` first; then ``generate`` any number of times at once; ``stop`` at the end."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        engine: Engine,
+        library: Library,
+        board: Board | None = None,
+        replica_id: str = "replica",
+    ) -> None:
+        """``board`` gives orders about versions; without one the library's alias decides once."""
+        self._config, self._engine = config, engine
+        self._versions = Versions(config, engine, library, board, replica_id)
+        self._healthy = True
+
+    async def start(self) -> EngineInfo:
+        """Start the engine and load the version that answers. Raises what that raises."""
+        await self._engine.start()
+        await self._versions.start()
+        return self._engine.info
+
+    async def generate(self, call: Call) -> AsyncGenerator[Event | Refusal, None]:
+        """Answer a call; the first event comes with the first token. Closing it aborts.
+
+        A failure is the last thing in the stream, as a Refusal: nothing is raised.
+        """
+        try:
+            async with aclosing(self._events(call)) as events:
+                async for event in events:
+                    yield event
+        except RequestError as error:
+            yield Refusal.of(error)
+        except EngineError as error:
+            log.error("request %s: %s", call.request_id, error)
+            yield Refusal(
+                "the model's engine failed while it held this request; it is being rebuilt, try "
+                "again in some seconds",
+                502,
+                "engine_failed",
+                retry_after_s=5,
+            )
+
+    async def check_health(self) -> None:
+        """Raise EngineError when the engine cannot produce a token within ``HEALTH_S``."""
+        try:
+            async with asyncio.timeout(HEALTH_S):
+                await self._engine.check_health()
+            self._versions.check()
+        except Exception as error:
+            if self._healthy:
+                log.error("unhealthy: %s: %s", type(error).__name__, error)
+            self._healthy = False
+            await self._versions.withdraw()
+            raise EngineError(f"no token within {HEALTH_S:g} s: {error}") from error
+        self._healthy = True
+
+    async def stop(self) -> None:
+        """Tell the others, finish what runs within ``drain_s``, end the engine's processes."""
+        await self._versions.stop()
+        await self._engine.stop(self._config.drain_s)
+
+    async def _events(self, call: Call) -> AsyncGenerator[Event, None]:
+        version, text, prompts = await self._admit(call)
+        streams: list[Stream] = []
+        try:
+            # no await since the last look at the version: it cannot be released in between
+            for index, prompt in enumerate(prompts):
+                request = prompt.request(call, index, text.eos_ids)
+                streams.append(self._engine.generate(request, version))
+            answers = [
+                answer(index, stream, text.stream(), version, len(prompt.ids), call.stop)
+                for index, (stream, prompt) in enumerate(zip(streams, prompts, strict=True))
+            ]
+            async with aclosing(answers[0] if len(answers) == 1 else merge(answers)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            for stream in streams:
+                await stream.aclose()
+
+    async def _admit(self, call: Call) -> tuple[str, ChatText, list[Prepared]]:
+        """Pick the version and turn the call into ids with that version's tokenizer."""
+        for _ in range(TRIES):
+            version, text = self._versions.pick(call.version)
+            prompts = await prepare(call, text, self._engine.info.max_model_len)
+            if self._versions.holds(version):
+                return version, text, prompts
+        raise RequestError("versions change too fast; try again", 503, "unavailable", None, 1)

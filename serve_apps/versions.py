@@ -1,0 +1,208 @@
+"""Which versions a replica holds: it follows orders by loading, activating, draining, releasing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from cluster.errors import EngineError, RequestError, RoundhouseError
+from cluster.library.store import Library
+from cluster.text.chat import ChatText
+from serve_apps.config import ModelConfig
+from serve_apps.engine.interface import Engine
+from serve_apps.release_policy import Order, Report
+
+AWAY_S = 0.5
+"""Pause before the board is asked again after it did not answer."""
+FIRST_ORDER_S = 60.0
+
+log = logging.getLogger(__name__)
+
+
+class Board(Protocol):
+    """What hands out orders: the Releases actor, or the plain object in a test."""
+
+    async def watch(
+        self, name: str, alias: str, replica: str, report: Report, have: Order | None
+    ) -> Order:
+        """Report, and wait a bounded time for an order other than ``have``."""
+
+    async def report(self, name: str, alias: str, replica: str, report: Report) -> None:
+        """Report at once."""
+
+    async def leave(self, name: str, replica: str) -> None:
+        """Say goodbye."""
+
+
+class Versions:
+    """The versions of one replica.
+
+    Orders say what should be, not what to do: after a crash on either side the next is enough.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        engine: Engine,
+        library: Library,
+        board: Board | None,
+        replica_id: str,
+    ) -> None:
+        self._config, self._engine, self._library = config, engine, library
+        self._board, self._id = board, replica_id
+        self._texts: dict[str, ChatText] = {}
+        self._active: str | None = None
+        self._failed: dict[str, str] = {}
+        self._draining: dict[str, asyncio.Task[None]] = {}
+        self._order: Order | None = None
+        self._news = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._answering = False
+
+    async def start(self) -> None:
+        """Load and activate the version that the first order names; then follow."""
+        self._order = await self._first_order()
+        if self._order.active is None:
+            raise EngineError(
+                f"{self._config.model} points to no version of the library; see "
+                f"`roundhouse models show {self._config.name}`"
+            )
+        await self._load(self._order.active)
+        await self._engine.activate(self._order.active)
+        self._active, self._answering = self._order.active, True
+        if self._board is not None:
+            self._tasks = [
+                asyncio.create_task(self._follow(self._board)),
+                asyncio.create_task(self._work()),
+            ]
+
+    async def stop(self) -> None:
+        """Stop following, and say goodbye."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        if self._board is not None:
+            try:
+                await self._board.leave(self._config.name, self._id)
+            except RoundhouseError as error:
+                log.warning("could not say goodbye: %s", error)
+
+    def pick(self, wanted: str | None) -> tuple[str, ChatText]:
+        """Return the version to answer with; RequestError when the wanted one is not held."""
+        version = wanted or self._active
+        if version is None:
+            raise RequestError("the model is not ready yet", 503, "unavailable", None, 2)
+        if version not in self._texts:
+            raise RequestError(
+                f"{version} is not live; live: {', '.join(sorted(self._texts))}",
+                404,
+                "model_not_found",
+                "model",
+            )
+        return version, self._texts[version]
+
+    def holds(self, version: str) -> bool:
+        """Say whether a version can still be answered with."""
+        return version in self._texts
+
+    def check(self) -> None:
+        """Raise EngineError when following has stopped: a replica that obeys no order is ill."""
+        for task in self._tasks:
+            if task.done():
+                raise EngineError(f"the replica follows no orders any more: {task.exception()!r}")
+        if not self._answering:
+            self._answering = True
+            self._news.set()
+
+    async def withdraw(self) -> None:
+        """Report that this replica cannot answer, so that nobody calls it ready."""
+        self._answering = False
+        await self._tell()
+
+    async def _first_order(self) -> Order:
+        if self._board is None:
+            return Order(self._library.resolve(self._config.model).ref)
+        async with asyncio.timeout(FIRST_ORDER_S):
+            while True:
+                try:
+                    return await self._watch(self._board, None)
+                except RoundhouseError as error:
+                    log.warning("no first order yet: %s", error)
+                    await asyncio.sleep(AWAY_S)
+
+    async def _follow(self, board: Board) -> None:
+        while True:
+            try:
+                order = await self._watch(board, self._order)
+            except RoundhouseError as error:
+                log.warning("no order: %s", error)
+                await asyncio.sleep(AWAY_S)
+                continue
+            if order != self._order:
+                self._order = order
+                self._news.set()
+
+    async def _watch(self, board: Board, have: Order | None) -> Order:
+        name, alias = self._config.name, self._config.alias
+        return await board.watch(name, alias, self._id, self._report(), have)
+
+    async def _work(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            if self._order is not None:
+                await self._obey(self._order)
+                await self._tell()
+
+    async def _obey(self, order: Order) -> None:
+        wanted = {version for version in (order.active, order.also) if version}
+        self._failed = {v: why for v, why in self._failed.items() if v in wanted}
+        for version in sorted(wanted - set(self._texts) - set(self._failed)):
+            try:
+                await self._load(version)
+            except Exception as error:  # whatever it is, the old version goes on answering
+                log.error("cannot load %s: %s: %s", version, type(error).__name__, error)
+                self._failed[version] = f"{error}" or type(error).__name__
+            await self._tell()
+        if order.active in self._texts and order.active != self._active:
+            await self._engine.activate(order.active)
+            self._active = order.active
+            log.info("%s answers", order.active)
+            await self._tell()
+        for version in set(self._texts) - wanted - {self._active}:
+            del self._texts[version]
+            self._draining[version] = asyncio.create_task(self._release(version))
+
+    async def _load(self, version: str) -> None:
+        if going := self._draining.get(version):
+            await asyncio.shield(going)  # at most drain_s
+        found = self._library.resolve(version)
+        text = await asyncio.to_thread(ChatText.load, found.path)
+        await self._engine.load(version, str(found.path))
+        self._texts[version] = text
+
+    async def _release(self, version: str) -> None:
+        try:
+            await self._engine.release(version, self._config.drain_s)
+            log.info("released %s", version)
+        except (EngineError, RequestError) as error:
+            log.error("cannot release %s: %s", version, error)
+        finally:
+            del self._draining[version]
+
+    def _report(self) -> Report:
+        held = tuple(sorted(self._texts))
+        if not self._answering:
+            return Report(failed=dict(self._failed))
+        return Report(self._active, held, dict(self._failed))
+
+    async def _tell(self) -> None:
+        if self._board is None:
+            return
+        try:
+            name, alias = self._config.name, self._config.alias
+            await self._board.report(name, alias, self._id, self._report())
+        except RoundhouseError as error:
+            log.warning("report not delivered; the next watch brings it: %s", error)
