@@ -19,8 +19,8 @@ def check_request(request: EngineRequest, info: EngineInfo) -> None:
         raise RequestError(f"max_tokens={wanted} must be at least 1", param="max_tokens")
     if prompt + wanted > info.max_model_len:
         raise RequestError(
-            f"the prompt has {prompt} tokens and max_tokens asks for {wanted} more, {prompt + wanted} "
-            f"in all; this model holds {info.max_model_len}: shorten either",
+            f"the prompt has {prompt} tokens and max_tokens asks for {wanted} more, "
+            f"{prompt + wanted} in all; this model holds {info.max_model_len}: shorten either",
             code="context_length_exceeded",
             param="max_tokens" if prompt < info.max_model_len else "prompt",
         )

@@ -1,0 +1,140 @@
+"""One version's weights on one rank: loaded through transformers, proven, run on packed rows."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.errors import EngineError, RoundhouseError
+from serve_apps.engine import attention
+from serve_apps.engine.interface import Sampling
+from serve_apps.engine.kv_cache import Geometry, KVCache
+from serve_apps.engine.scheduler import Running, Scheduler, Step
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""How far our logits may be from the model's own, relative to their largest; rounding only."""
+
+
+class LoadedModel:
+    """Weights that answered the probe: our attention ran once a layer and changed nothing."""
+
+    def __init__(self, module: Any, directory: Path) -> None:
+        self._module = module
+        config = module.config.get_text_config()
+        heads = config.num_attention_heads
+        self.model_type: str = module.config.model_type
+        self.vocab_size: int = config.vocab_size
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.device: torch.device = module.device
+        self.dtype: torch.dtype = module.dtype
+        self.geometry = Geometry(
+            layers=config.num_hidden_layers,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            dtype=module.dtype,
+        )
+        self.directory = directory
+
+    def forward(self, step: Step, plan: attention.AttentionPlan) -> torch.Tensor:
+        """Compute one step as planned; return logits ``[B, vocab]`` of the requests that sample."""
+        ids, positions, last = list[int](), list[int](), list[int]()
+        for work in step.work:
+            ids += work.request.ids[work.start : work.start + work.count]
+            positions += range(work.start, work.start + work.count)
+            if work.samples:
+                last.append(len(ids) - 1)
+        if not last:
+            last = [len(ids) - 1]  # a chunk inside a prompt: one row is computed and dropped
+        with torch.inference_mode(), attention.computing(plan):
+            out = self._module(
+                input_ids=torch.tensor([ids], device=self.device),
+                position_ids=torch.tensor([positions], device=self.device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(last, device=self.device),
+            )
+        logits: torch.Tensor = out.logits[0]
+        return logits
+
+    def prove(self) -> None:
+        """Run a few tokens both ways; EngineError names the model type and what does not hold.
+
+        Several architectures accept a foreign attention by name and never call it; others add
+        terms of their own to the scores. Both would answer wrongly without a word.
+        """
+        parameters = inspect.signature(self._module.forward).parameters
+        if missing := {"position_ids", "logits_to_keep"} - set(parameters):
+            raise self._refused(f"its forward takes no {', '.join(sorted(missing))}")
+        length = min(11, self.context or 11)
+        ids = [(7 * i + 1) % self.vocab_size for i in range(length)]
+        row = torch.tensor([ids], device=self.device)
+        with torch.inference_mode():
+            reference = self._module(input_ids=row, use_cache=False).logits[0].float()
+        self._module.set_attn_implementation(attention.NAME)
+        ours, called = self._probe_logits(ids)
+        if called != list(range(self.geometry.layers)):
+            raise self._refused(
+                f"our attention was called for layers {called} of {self.geometry.layers}"
+            )
+        # Row 0 is a lone token, row 1 the whole text in two chunks beside it.
+        wanted = reference[[0, length - 1]]
+        apart = float((ours - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
+        if not apart <= TOLERANCE[self.dtype]:
+            raise self._refused(f"its logits differ by {apart:.1e} from its own attention's")
+
+    def _probe_logits(self, ids: list[int]) -> tuple[torch.Tensor, list[int]]:
+        half = len(ids) // 2
+        cache = KVCache(self.geometry, 2, len(ids) + 1, self.device)
+        scheduler = Scheduler(2, half)
+        rows = dict[str, torch.Tensor]()
+        called = list[int]()
+        for name, prompt in (("first", ids[:1]), ("whole", list(ids))):
+            scheduler.add(Running(name, "", prompt, 1, Sampling(), 0))
+        try:
+            while step := scheduler.next_step():
+                plan = attention.plan(step, cache)
+                logits = self.forward(step, plan)
+                called = plan.layers_called
+                for request, row in zip(step.sampling, logits, strict=False):
+                    rows[request.request_id] = row.float()
+                scheduler.complete(step, [0] * len(step.sampling))
+        except RoundhouseError as error:
+            raise self._refused(str(error)) from None
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise self._refused(f"it failed under our attention: {error}") from error
+        return torch.stack([rows["first"], rows["whole"]]), called
+
+    def _refused(self, why: str) -> EngineError:
+        return EngineError(
+            f"model type {self.model_type!r} ({self.directory.name}) cannot be served by this "
+            f"engine: {why}; use a decoder that transformers runs through its attention interface"
+        )
+
+
+def load_model(directory: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """Read a Hugging Face directory of a causal decoder; safetensors only, no remote code.
+
+    Raises EngineError for a directory that holds no such model, or one that fails the probe.
+    """
+    # Imported here: the auto classes take seconds, and only a rank that loads needs them.
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    attention.register()
+    path = Path(directory)
+    if not (path / "config.json").is_file():
+        raise EngineError(f"{directory}: no config.json there, so no model to load")
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise EngineError(f"{directory} cannot be loaded as a causal decoder: {error}") from error
+    module.to(device).eval().requires_grad_(False)
+    loaded = LoadedModel(module, path)
+    loaded.prove()
+    return loaded

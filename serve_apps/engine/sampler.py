@@ -1,0 +1,91 @@
+"""From logits to token ids, each request by its own rules, whatever batch it shares.
+
+A draw is one uniform number, a hash of (seed, position), looked up in the cumulative
+distribution in vocabulary order. So it depends on nothing but the request: not on the batch, the
+step, or torch's global generator; and two logits that swap ranks by rounding move the outcome
+only by that rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from serve_apps.engine.interface import Sampling
+
+GREEDY_BELOW = 1e-5
+"""Colder than this is greedy: dividing by it would overflow to infinities."""
+NUCLEUS_GUESS = 256
+"""Top-p looks among this many first; a full sort of the vocabulary is rarely needed."""
+_MASK64 = 2**64 - 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """Return a number in [0, 1) that only (seed, position) decide.
+
+    Two rounds of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), 53 bits of the last.
+    """
+    state = _splitmix((_splitmix(seed & _MASK64) + position) & _MASK64)
+    return float((state >> 11) * 2.0**-53)
+
+
+def _splitmix(state: int) -> int:
+    z = (state + 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
+
+
+def sample(
+    logits_BV: torch.Tensor, rules: Sequence[Sampling], seeds: Sequence[int], at: Sequence[int]
+) -> list[int]:
+    """Pick one token for each row; ``at`` is the position of the new token in its answer."""
+    warm = [i for i, rule in enumerate(rules) if rule.temperature >= GREEDY_BELOW]
+    if not warm:
+        return list(map(int, logits_BV.argmax(dim=-1).tolist()))
+    picked = logits_BV.argmax(dim=-1)
+    probs = probabilities(logits_BV[warm], [rules[i] for i in warm])
+    draws = torch.tensor([uniform(seeds[i], at[i]) for i in warm], dtype=torch.float64)
+    picked[warm] = draw(probs, draws.to(probs.device))
+    return list(map(int, picked.tolist()))
+
+
+def draw(probs_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
+    """Return for each row the first token whose cumulative probability exceeds the uniform."""
+    cumulative = probs_BV.cumsum(dim=-1, dtype=torch.float64)
+    # Scaled by the true sum: rounding must not leave a gap above the last token.
+    target = uniforms_B[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def probabilities(logits_BV: torch.Tensor, rules: Sequence[Sampling]) -> torch.Tensor:
+    """Apply temperature, then top-k, then top-p, in transformers' order; rows sum to one."""
+    device = logits_BV.device
+    temperature = torch.tensor([r.temperature for r in rules], dtype=torch.float32, device=device)
+    logits = logits_BV.float() / temperature[:, None]
+    vocab = logits.shape[-1]
+    if rows := [i for i, r in enumerate(rules) if 0 < r.top_k < vocab]:
+        logits[rows] = _keep_top_k(logits[rows], [rules[i].top_k for i in rows])
+    probs = torch.softmax(logits, dim=-1)
+    if rows := [i for i, r in enumerate(rules) if r.top_p < 1]:
+        probs[rows] = _keep_top_p(probs[rows], [rules[i].top_p for i in rows])
+    return probs
+
+
+def _keep_top_k(logits: torch.Tensor, top_k: Sequence[int]) -> torch.Tensor:
+    best = torch.topk(logits, max(top_k), dim=-1).values
+    last = best.gather(1, torch.tensor(top_k, device=logits.device)[:, None] - 1)
+    return logits.masked_fill(logits < last, float("-inf"))
+
+
+def _keep_top_p(probs: torch.Tensor, top_p: Sequence[float]) -> torch.Tensor:
+    """Keep the fewest most likely tokens whose sum reaches top_p, at least one."""
+    bound = torch.tensor(top_p, dtype=torch.float32, device=probs.device)[:, None]
+    guess = min(NUCLEUS_GUESS, probs.shape[-1])
+    best, index = torch.topk(probs, guess, dim=-1)
+    if bool((best.sum(dim=-1, keepdim=True) < bound).any()):
+        best, index = torch.sort(probs, dim=-1, descending=True)
+    before = best.cumsum(dim=-1) - best
+    kept = torch.zeros_like(probs).scatter_(1, index, best.masked_fill(before >= bound, 0.0))
+    return kept / kept.sum(dim=-1, keepdim=True)
