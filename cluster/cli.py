@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import entry_points, version
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points, version
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -58,10 +59,14 @@ def up(
             help="gcs, dashboard, serve, client, agent, metrics ...; 0 for any free one; `any`.",
         ),
     ] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Start the one-machine cluster, or say that it runs."""
     from cluster import local
 
+    if dry_run:
+        local.rehearse(port or [], console.out)
+        return
     cluster = local.up(port or [], console.out)
     console.out(f"Ray dashboard   {cluster.dashboard}  (log in with the token in the file")
     console.out(f"                {cluster.token_file})")
@@ -71,11 +76,43 @@ def up(
 
 
 @app.command()
-def down() -> None:
+def down(dry_run: DryRun = False) -> None:
     """End what `up` started; library, runs and keys stay."""
     from cluster import local
 
-    local.down(console.out)
+    if dry_run:
+        local.rehearse_down(console.out)
+    else:
+        local.down(console.out)
+
+
+@app.command()
+def status(as_json: AsJson = False) -> None:
+    """Show nodes, memory, applications, jobs and models."""
+    from cluster import status as report
+    from cluster.session import current
+
+    value = report.collect(current())
+    if as_json:
+        console.emit_json(value)
+    else:
+        report.show(value)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check what the product needs here, and say how to fix what is missing."""
+    from dataclasses import asdict
+
+    from cluster import doctor as report
+
+    checks = report.examine()
+    if as_json:
+        console.emit_json([asdict(check) for check in checks])
+    else:
+        report.show(checks)
+    if any(check.state == "fail" for check in checks):
+        raise typer.Exit(1)
 
 
 @keys_app.command("add")
@@ -129,15 +166,19 @@ def _keys() -> KeyStore:
     return KeyStore(keys_dir())
 
 
-def plug_in(target: typer.Typer) -> None:
-    """Let every package of the group add its verbs; one that is broken is told, not hidden."""
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+def plug_in(target: typer.Typer, entries: Iterable[EntryPoint] | None = None) -> None:
+    """Let every package of the group add its verbs.
+
+    One that cannot be loaded is told as an error on standard error and its verbs are missing;
+    the others still work, so that `roundhouse down` always does.
+    """
+    found = entry_points(group=GROUP) if entries is None else entries
+    for entry in sorted(found, key=lambda entry: entry.name):
         try:
             register = entry.load()
-        except ModuleNotFoundError as error:
-            if error.name != entry.module:
-                raise
-            console.note(f"warning: {entry.module} is missing; its verbs are not there")
+        except (ImportError, AttributeError, SyntaxError) as error:
+            why = f"{type(error).__name__}: {error}"
+            console.error(f"the verbs of {entry.module} are missing: {why} (`make install`?)")
             continue
         register(target)
 
@@ -151,8 +192,15 @@ def main() -> None:
         console.error(str(error))
         sys.exit(1)
     except KeyboardInterrupt:
-        console.note("interrupted")
-        sys.exit(130)
+        status = 130
+    except SystemExit as ending:
+        if ending.code != 130:
+            raise
+        status = 130
+    else:
+        return
+    console.note("interrupted")
+    sys.exit(status)
 
 
 if __name__ == "__main__":

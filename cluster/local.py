@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import stat
 import subprocess
@@ -89,11 +90,36 @@ def down(say: Say) -> int:
     """
     root = home()
     if not root.is_dir():
+        say("nothing was running")
         return 0
     with locked(root / ".cluster.lock", "the cluster is being started or ended", timeout_s=60):
         ended = _collect(root)
     say(f"ended {ended} processes" if ended else "nothing was running")
     return ended
+
+
+def rehearse(options: Sequence[str], say: Say) -> None:
+    """Say what :func:`up` would do now, and do none of it."""
+    root = home()
+    cluster, trouble = examine(root)
+    if cluster:
+        say(f"the cluster runs already: {cluster.dashboard}")
+        return
+    ports, told = settle(wanted(options), processes.listener)
+    for line in [trouble, *told] if trouble else told:
+        say(f"would mend: {line}")
+    say(f"home   {root}")
+    say(f"ports  {ports}")
+    say(f"would run: {shlex.join(head_command(ports, temp_dir(root), machine.look()))}")
+
+
+def rehearse_down(say: Say) -> None:
+    """Say what :func:`down` would end."""
+    strays = processes.of_home(home_id(home()))
+    for proc in strays:
+        say(f"would end pid {proc.pid} ({proc.name})")
+    if not strays:
+        say("nothing is running")
 
 
 def examine(root: Path) -> tuple[Cluster | None, str | None]:
