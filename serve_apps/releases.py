@@ -96,6 +96,8 @@ class Releases:
         """Forget a replica that shuts down."""
         if (model := self._models.get(name)) and model.reports.pop(replica, None) is not None:
             model.seen_s.pop(replica, None)
+            if not model.reports and model.target is None:
+                del self._models[name]  # undeployed; a crash says no goodbye
             self._tell()
 
     async def snapshot(self, have: Mapping[str, Served] | None = None) -> dict[str, Served]:
@@ -105,6 +107,10 @@ class Releases:
             if not await self._wait(until):
                 break
         return now
+
+    async def names(self) -> list[str]:
+        """Return the models that are deployed, those whose replicas are being rebuilt included."""
+        return sorted(self._models)
 
     async def progress(self, name: str) -> str:
         """Return one line on the promotion that runs for ``name``; empty when none does."""
@@ -137,7 +143,7 @@ class Releases:
                 raise ReleaseError(
                     f"{name}@{alias} points to version {now}, not to {expected}; nothing changed"
                 )
-            if model is None or alias != model.alias or not self._live(name):
+            if model is None or alias != model.alias:
                 self._swap(name, alias, number, now, by)
                 self._tell()
                 return now

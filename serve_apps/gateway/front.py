@@ -98,7 +98,8 @@ def _bearer(scope: Scope) -> str:
 def _request_id(scope: Scope) -> str:
     """Return the id that the client or a proxy gave, if it is a tame one, else a new one."""
     for name, value in scope["headers"]:
-        if name.lower() == b"x-request-id" and _ID.fullmatch(text := value.decode("latin-1")):
+        text = str(value, "latin-1")
+        if name.lower() == b"x-request-id" and _ID.fullmatch(text):
             return text
     return f"req-{secrets.token_hex(12)}"
 

@@ -1,0 +1,205 @@
+"""The serving verbs of ``roundhouse``: deploy, undeploy, promote, rollback, chat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster import console
+
+if TYPE_CHECKING:
+    from cluster.session import Cluster
+    from serve_apps.config import ServeConfig
+    from serve_apps.deploy import Proposal
+    from serve_apps.promote import Move
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")]
+Timeout = Annotated[float, typer.Option(min=1, help="Seconds until it gives up.")]
+Alias = Annotated[
+    str | None, typer.Option(help="By default the one that the model is deployed with.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    for verb in (deploy, undeploy, promote, rollback, chat):
+        app.command()(verb)
+
+
+def deploy(
+    config: Annotated[Path, typer.Argument(help="A file of configs/serve/.")],
+    dry_run: DryRun = False,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field.")
+    ] = None,
+    timeout: Timeout = 300.0,
+    as_json: AsJson = False,
+) -> None:
+    """Serve the models of a file; models of other files stay."""
+    from cluster.config import load
+    from serve_apps.config import ServeConfig
+
+    wish = load(config, ServeConfig, overrides or [])
+    from cluster.library.store import Library
+    from cluster.session import current
+    from serve_apps.deploy import deploy as carry_out
+    from serve_apps.deploy import propose
+
+    library = Library()
+    if dry_run:
+        cluster = _cluster_or_none()
+        _show_proposal(wish, propose(wish, cluster, library), cluster, as_json)
+        return
+    cluster = current()
+    say = console.note if as_json else console.out
+    proposal = carry_out(wish, cluster, library, timeout, say)
+    if as_json:
+        console.emit_json(
+            {
+                "endpoint": f"{cluster.serve_url}/v1",
+                "changes": [_change(change) for change in proposal.desired.changes],
+            }
+        )
+        return
+    console.out(f"endpoint {cluster.serve_url}/v1, API key in {cluster.home / 'keys' / 'demo.key'}")
+
+
+def undeploy(
+    name: Annotated[str, typer.Argument(help="The model's name.")],
+    dry_run: DryRun = False,
+    timeout: Timeout = 120.0,
+    as_json: AsJson = False,
+) -> None:
+    """Stop serving a model; its versions and aliases stay in the library."""
+    from cluster.session import current
+    from serve_apps.deploy import undeploy as carry_out
+
+    say = console.note if as_json else console.out
+    changes = carry_out(name, current(), timeout, say, dry_run)
+    if as_json:
+        console.emit_json({"changes": [_change(change) for change in changes]})
+
+
+def promote(
+    ref: Annotated[str, typer.Argument(help="NAME@NUMBER; a bare name means its newest version.")],
+    alias: Alias = None,
+    timeout: Timeout = 180.0,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put a version live without dropping a request: load it everywhere, then move the alias."""
+    from cluster.library.store import Library
+    from serve_apps.promote import wanted
+
+    library = Library()
+    _move(wanted(ref, alias, library), None, "promote", timeout, dry_run, as_json)
+
+
+def rollback(
+    name: Annotated[str, typer.Argument(help="The model's name.")],
+    alias: Alias = None,
+    timeout: Timeout = 180.0,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go back to the version that the alias named before; once more undoes it."""
+    from cluster.library.store import Library
+    from serve_apps.promote import previous
+
+    move = previous(name, alias, Library())
+    _move(move, move.before, "rollback", timeout, dry_run, as_json)
+
+
+def chat(
+    model: Annotated[str | None, typer.Argument(help="By default the only one there is.")] = None,
+    key: Annotated[str | None, typer.Option(help="API key; by default the demo key.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="By default this home's endpoint.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2)] = None,
+) -> None:
+    """Talk to a model; piped, it answers one question per line."""
+    from serve_apps.chat import find_endpoint, pick_model, talk
+
+    endpoint = find_endpoint(base_url, key)
+    given = {"max_tokens": max_tokens, "temperature": temperature}
+    options = {name: value for name, value in given.items() if value is not None}
+    talk(endpoint, pick_model(endpoint, model), options)
+
+
+def _move(
+    move: Move, expected: int | None, by: str, timeout: float, dry_run: bool, as_json: bool
+) -> None:
+    from cluster.library.ref import CHAMPION
+    from cluster.library.store import Library
+    from serve_apps.promote import carry_out
+
+    before = "nothing" if move.before is None else f"version {move.before}"
+    step = f"{move.name}@{move.alias or CHAMPION}: {before} -> version {move.to}"
+    say = console.note if as_json else console.out
+    live = False
+    if dry_run:
+        say(f"would move {step}")
+    else:
+        say(step)
+        live = carry_out(move, expected, timeout, by, Library(), say)
+        if live:
+            say(f"{move.name}@{move.to} answers")
+    if as_json:
+        console.emit_json(
+            {
+                "name": move.name,
+                "alias": move.alias or CHAMPION,
+                "before": move.before,
+                "to": move.to,
+                "moved": not dry_run,
+                "live": live,
+            }
+        )
+
+
+def _change(change: Any) -> dict[str, Any]:
+    return {"app": change.app, "kind": change.kind, "details": list(change.details)}
+
+
+def _cluster_or_none() -> Cluster | None:
+    from cluster.errors import ClusterError
+    from cluster.session import current
+
+    try:
+        return current()
+    except ClusterError:
+        return None
+
+
+def _show_proposal(
+    wish: ServeConfig, proposal: Proposal, cluster: Cluster | None, as_json: bool
+) -> None:
+    import yaml
+
+    plan = str(proposal.fits) if proposal.fits else "unknown: no cluster runs (`roundhouse up`)"
+    rendered = {"applications": list(proposal.desired.applications)}
+    if as_json:
+        console.emit_json(
+            {
+                "config": wish.model_dump(mode="json"),
+                "plan": plan,
+                "changes": [_change(change) for change in proposal.desired.changes],
+                "aliases": [list(pin) for pin in proposal.pins],
+                "serve": rendered,
+            }
+        )
+        return
+    console.out("# resolved configuration")
+    console.out(yaml.safe_dump(wish.model_dump(mode="json"), sort_keys=False).rstrip())
+    for name, alias, number in proposal.pins:
+        console.out(f"# would set {name}@{alias} to version {number}")
+    for change in proposal.desired.changes:
+        console.out(f"# {change}")
+    console.out(f"# plan: {plan}")
+    address = cluster.dashboard if cluster else "http://127.0.0.1:8265"
+    console.out(f"# serve deploy --address {address} serve.yaml, with this as serve.yaml")
+    console.out("# (the code package must be in the cluster's store: this verb uploads it)")
+    console.out(yaml.safe_dump(rendered, sort_keys=False).rstrip())
