@@ -68,6 +68,25 @@ def copy_hashed(source: Path, target: Path) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
+def take(source: Path, target: Path, move: bool) -> tuple[str, int]:
+    """Put a file at ``target``, durably; return (sha256, bytes). The source stays as it was.
+
+    With ``move`` a second name for the same bytes will do, where the disk has such a thing: the
+    caller removes the first one when all is well.
+    """
+    if not move:
+        return copy_hashed(source, target)
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        return copy_hashed(source, target)  # another disk, or one without hard links
+    with target.open("rb") as reader:
+        os.fsync(reader.fileno())
+    return hash_file(target)
+
+
 def hash_file(path: Path) -> tuple[str, int]:
     """Return (sha256, bytes) of a file."""
     digest, size = hashlib.sha256(), 0

@@ -30,6 +30,7 @@ from cluster.library.disk import (
     locked,
     need,
     staging,
+    take,
     write_durably,
 )
 from cluster.library.intake import Intake, inspect
@@ -130,12 +131,12 @@ class Library:
             (home / "versions").mkdir(parents=True, exist_ok=True)
             with staging(self.root) as stage:
                 self._sweep(name)
-                need(self.root, wanted)
+                need(self.root, 0 if move else wanted)
                 place = stage / "files"
                 place.mkdir()
                 files = {}
                 for file, path in taken.files.items():
-                    sha256, size = copy_hashed(path, place / file)
+                    sha256, size = take(path, place / file, move)
                     files[file] = FileEntry(sha256=sha256, size=size)
                 version = self._appear(name, place, _manifest(name, taken, files, facts))
         if move:
@@ -198,6 +199,21 @@ class Library:
                 f"`roundhouse models rm {version.ref}` and import or publish it again"
             )
         return version
+
+    def export(self, version: Version, directory: Path) -> None:
+        """Copy a version's files, hashes checked, into a new or empty ``directory``.
+
+        Raises LibraryError when something is there, Corrupt when a file differs from its hash.
+        """
+        if directory.exists() and (not directory.is_dir() or _children(directory)):
+            raise LibraryError(f"{directory}: something is there; give a new or empty directory")
+        size = version.manifest.size
+        with explained(f"export {version.ref}", _existing(directory.absolute()), size):
+            directory.mkdir(parents=True, exist_ok=True)
+            need(directory, size)
+            for file, entry in version.manifest.files.items():
+                if copy_hashed(version.path / file, directory / file)[0] != entry.sha256:
+                    raise Corrupt(f"{version.ref}: {file} differs from its hash; do not use it")
 
     def remove(self, ref: str | Ref) -> None:
         """Delete one version, given by number; its number is not used again.

