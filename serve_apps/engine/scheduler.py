@@ -166,9 +166,10 @@ class Scheduler:
         )
         mine = [r for r in self.running if r.version == version]
         decoding = [r for r in mine if r.answered]
-        # With more decoding requests than the budget those that waited longest go first.
+        # With more decoding requests than the budget those that waited longest go first, and one
+        # token stays for the oldest prompt: a stream of answers must not hold it up for ever.
         decoding.sort(key=lambda r: r.last_step)
-        decoding = decoding[: self.max_batch_tokens]
+        decoding = decoding[: self.max_batch_tokens - (len(decoding) < len(mine))]
         decoding.sort(key=lambda r: r.slot)
         decode = tuple(Work(r, r.cached, 1, True) for r in decoding)
         prefill = self._chunks(mine, self.max_batch_tokens - len(decode))

@@ -357,10 +357,14 @@ class ShardedEngine(Engine):
         self._lose(why)
 
     async def _watch_progress(self) -> None:
-        bound = self._config.step_timeout_s
+        bound, look_s = self._config.step_timeout_s, min(1.0, self._config.step_timeout_s / 4)
+        now = time.monotonic()
         while True:
-            await asyncio.sleep(min(1.0, bound / 4))
+            slept_at = now
+            await asyncio.sleep(look_s)
             now = time.monotonic()
+            if now - slept_at > look_s + 0.5:
+                continue  # this loop was held up, so what the rank said may still lie unread
             # Silence is a stopped process; beats without steps are a loop that hangs.
             if now - self._heard_at > max(bound, 5.0) or (
                 self._answers and now - self._moved_at > bound

@@ -1,0 +1,194 @@
+"""The front's side of the socket: what it imports, what a frame may be, what a lost rank does."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import EngineError, RankLost, RequestError
+from serve_apps.config import Sharded
+from serve_apps.engine.sharded import ShardedEngine
+from serve_apps.engine.wire import HEADER, MAX_FRAME_BYTES, Frames, RankSpec, pack
+from tests.unit.engine_contract import answer, ask
+
+SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text() | st.floats()
+MESSAGES = st.dictionaries(st.text(), SCALARS | st.lists(st.integers(0, 2**32)), max_size=5)
+
+
+def test_the_front_never_imports_torch() -> None:
+    probe = (
+        "import sys, serve_apps.engine.sharded, serve_apps.engine.fake, serve_apps.engine.open, "
+        "serve_apps.engine.runner, serve_apps.engine.scheduler; print(*sys.modules)"
+    )
+    loaded = subprocess.check_output([sys.executable, "-c", probe], text=True).split()
+    assert {"torch", "transformers", "ray", "numpy"}.isdisjoint(loaded)
+
+
+@given(st.lists(MESSAGES, max_size=4), st.lists(st.integers(1, 50), min_size=1, max_size=30))
+def test_frames_survive_any_cutting(messages: list[dict[str, Any]], cuts: list[int]) -> None:
+    stream, frames, got = b"".join(map(pack, messages)), Frames(), []
+    while stream:
+        cut, cuts = cuts[0], [*cuts[1:], cuts[0]]
+        got += list(frames.feed(stream[:cut]))
+        stream = stream[cut:]
+    assert repr(got) == repr(messages)  # repr: a NaN is not equal to itself
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        HEADER.pack(MAX_FRAME_BYTES + 1),
+        HEADER.pack(2**32 - 1),
+        HEADER.pack(1) + b"\xc1",  # the one byte that msgpack never uses
+        HEADER.pack(1) + b"\x07",  # a bare number
+        HEADER.pack(2) + b"\x07\x07",
+        HEADER.pack(0),
+    ],
+    ids=["just too large", "huge", "not msgpack", "not a map", "two values", "empty"],
+)
+def test_a_bad_frame_ends_the_connection(frame: bytes) -> None:
+    with pytest.raises(EngineError):
+        list(Frames().feed(frame))
+
+
+def test_too_large_a_message_is_not_sent() -> None:
+    with pytest.raises(EngineError, match="exceeds"):
+        pack({"x": b"0" * (MAX_FRAME_BYTES + 1)})
+
+
+class ScriptedHost:
+    """A rank made of a coroutine: it speaks frames over the real socket."""
+
+    def __init__(self, spec: RankSpec, loop: asyncio.AbstractEventLoop, silent: bool) -> None:
+        self.dead = asyncio.Event()
+        self.heard: list[dict[str, Any]] = []
+        self._silent, self.killed = silent, False
+        self.loop = loop
+        asyncio.run_coroutine_threadsafe(self._serve(spec.socket), loop)
+
+    async def _serve(self, path: str) -> None:
+        reader, self._writer = await asyncio.open_unix_connection(path)
+        self.say({"t": "hello", "pid": 0, "device": "cpu"})
+        frames = Frames()
+        while data := await reader.read(1 << 16):
+            for message in frames.feed(data):
+                self.heard.append(message)
+                if message["t"] == "load":
+                    self.say({"t": "reply", "call": message["call"], "result": {"vocab_size": 9}})
+                elif message["t"] == "admit" and not self._silent:
+                    self.step(message["id"], 3, None)
+                elif message["t"] == "stop":
+                    self.kill()
+
+    def say(self, message: dict[str, Any]) -> None:
+        self._writer.write(pack(message))
+
+    def step(self, request_id: str, token: int, finish: str | None) -> None:
+        self.say({"t": "step", "n": len(self.heard), "out": [[request_id, [token], finish, None]]})
+
+    async def ended(self) -> str:
+        await self.dead.wait()
+        return "was ended by signal 9"
+
+    def kill(self) -> None:
+        self.killed = True
+        self.loop.call_soon_threadsafe(self.dead.set)
+
+
+async def scripted(silent: bool = False, **knobs: Any) -> tuple[ShardedEngine, list[ScriptedHost]]:
+    loop, hosts = asyncio.get_running_loop(), list[ScriptedHost]()
+
+    def spawn(spec: RankSpec) -> ScriptedHost:
+        hosts.append(ScriptedHost(spec, loop, silent))
+        return hosts[-1]
+
+    engine = ShardedEngine(Sharded.model_validate({"host": "process", **knobs}), spawn)
+    await engine.start()
+    await engine.load("m@1", "somewhere")
+    await engine.activate("m@1")
+    return engine, hosts
+
+
+def test_a_dead_rank_fails_every_waiter_and_shuts_the_door() -> None:
+    async def run() -> None:
+        engine, (host,) = await scripted()
+        streams = [engine.generate(ask((1, 2))) for _ in range(3)]
+        for stream in streams:
+            assert (await anext(stream)).token_ids == (3,)
+        host.dead.set()
+        for stream in streams:
+            with pytest.raises(RankLost, match="signal 9"):
+                await asyncio.wait_for(anext(stream), 2)
+        with pytest.raises(RankLost):
+            await engine.check_health()
+        with pytest.raises(RequestError) as caught:
+            engine.generate(ask((1, 2)))
+        assert (caught.value.status, bool(caught.value.retry_after_s)) == (503, True)
+        await engine.stop()
+
+    asyncio.run(run())
+
+
+def test_a_rank_that_makes_no_step_is_killed() -> None:
+    async def run() -> None:
+        engine, (host,) = await scripted(silent=True, step_timeout_s=0.3)
+        with pytest.raises(RankLost, match="step_timeout_s"):
+            await asyncio.wait_for(answer(engine, ask((1, 2))), 5)
+        assert host.killed
+        await engine.stop()
+
+    asyncio.run(run())
+
+
+def test_health_fails_when_no_token_comes() -> None:
+    async def run() -> None:
+        engine, (host,) = await scripted(silent=True, step_timeout_s=0.4)
+        with pytest.raises(EngineError):
+            await engine.check_health()
+        await engine.stop()
+        assert host.killed
+
+    asyncio.run(run())
+
+
+def test_a_rank_that_never_says_hello_is_told_by_name() -> None:
+    class Mute:
+        def __init__(self) -> None:
+            self.dead = asyncio.Event()
+
+        async def ended(self) -> str:
+            await self.dead.wait()
+            return "was killed"
+
+        def kill(self) -> None:
+            self.dead.set()
+
+    async def run() -> None:
+        host = Mute()
+        config = Sharded(host="process", start_timeout_s=0.2)
+        engine = ShardedEngine(config, lambda spec: host)
+        with pytest.raises(EngineError, match="start_timeout_s"):
+            await asyncio.wait_for(engine.start(), 20)
+        assert host.dead.is_set()
+
+    asyncio.run(run())
+
+
+def test_seeds_of_any_size_travel() -> None:
+    async def run() -> None:
+        from serve_apps.engine.interface import Sampling
+
+        engine, (host,) = await scripted()
+        for seed in (-1, 2**64 + 5, None):
+            await anext(engine.generate(ask((1, 2), sampling=Sampling(seed=seed))))
+        sent = [m["sampling"][3] for m in host.heard if m["t"] == "admit"]
+        assert sent == [2**64 - 1, 5, None]
+        await engine.stop()
+
+    asyncio.run(run())
