@@ -156,8 +156,9 @@ def _hub_error(source: Source, error: Exception) -> LibraryError:
         return LibraryError(f"{where}: no such repository, or a private one without HF_TOKEN")
     if isinstance(error, errors.HFValidationError):
         return LibraryError(f"{where}: not a hub id: {error}")
-    # HTTPError is that of the client which this release of the hub's library speaks with
-    if not isinstance(error, OSError | errors.HTTPError):
+    # the root of the errors of whichever HTTP client this release of the hub's library uses
+    client_error = errors.HfHubHTTPError.__base__ or OSError
+    if not isinstance(error, (OSError, client_error)):
         raise error
     if constants.HF_HUB_OFFLINE:
         why = "HF_HUB_OFFLINE=1 forbids it"
