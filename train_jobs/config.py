@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from cluster.config import Frozen
 
@@ -104,7 +110,8 @@ class FinetuneConfig(Frozen):
             fits = [n for n in (below, below + share) if n]
             raise ValueError(
                 f"batch.total={self.batch.total} is not a multiple of batch.micro * run.workers = "
-                f"{self.batch.micro} * {self.run.workers} = {share}; use {' or '.join(map(str, fits))}"
+                f"{self.batch.micro} * {self.run.workers} = {share}; use "
+                f"{' or '.join(map(str, fits))}"
             )
         if (self.run.epochs is None) == (self.run.steps is None):
             raise ValueError("run: give either epochs or steps, exactly one of them")

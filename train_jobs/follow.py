@@ -1,0 +1,183 @@
+"""Follow a run until it ends: live in a terminal, plain lines without one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol
+
+from cluster import console
+from cluster.errors import JobError
+from train_jobs.runs import RunDir
+
+State = Literal["waiting", "running", "succeeded", "failed"]
+POLL_S = 0.25
+FIRST_WORD_S = 300.0
+"""From the start of the processes to the first line of metrics: imports and the model's load."""
+STOP_S = 120.0
+"""From Ctrl-C to the end of the step it was in, and its checkpoint."""
+
+Show = Callable[[Mapping[str, Any]], None]
+
+
+class Job(Protocol):
+    """What runs: a submitted job, or processes of this machine."""
+
+    def state(self) -> State:
+        """Return where it stands, at most a second old."""
+
+    def why(self) -> str:
+        """Return the cause of a failure and where its log lies."""
+
+    def kill(self) -> None:
+        """End it now."""
+
+    def detach(self) -> str | None:
+        """Return how to find it again, or None where it cannot live on alone."""
+
+
+def follow(run: RunDir, job: Job) -> int:
+    """Show progress until the run ends; returns 0.
+
+    Ctrl-C asks the run to stop after the step it is in; a second one leaves it alone.
+
+    Raises:
+        JobError: the run failed or was stopped; the message names it and where its log lies.
+    """
+    with display() as show:
+        try:
+            _watch(run, job, show, None)
+        except KeyboardInterrupt:
+            _stop(run, job, show)
+    state, result = job.state(), run.read_result()
+    if result is None or state == "failed" or result["status"] == "failed":
+        told = (result or {}).get("error")
+        why = job.why()
+        told = f"{told}\n{why}" if told and told not in why else why
+        run.finish({"status": "failed", "error": told})
+        raise JobError(told)
+    if result["status"] == "stopped":
+        raise JobError(
+            f"run {run.id} was stopped after step {result['steps']}; nothing was published; its "
+            f"checkpoint is in {run.checkpoints}"
+        )
+    summary(run, result)
+    return 0
+
+
+def summary(run: RunDir, result: Mapping[str, Any]) -> None:
+    """Print what a run that succeeded has done."""
+    if "heldout_loss_before" in result:
+        before, after = result["heldout_loss_before"], result["heldout_loss_after"]
+        console.out(f"held-out loss  {before:.4f} before, {after:.4f} after")
+    console.out(
+        f"published      {result['published']} (from {result['base']})\n"
+        f"trained        {result['steps']} steps, {result['tokens']} tokens at "
+        f"{result['tokens_per_s']:.0f} tokens/s, {result['seconds']:.0f} s in all\n"
+        f"record         {run.result}"
+    )
+
+
+def _watch(run: RunDir, job: Job, show: Show, limit_s: float | None) -> None:
+    """Show each new record until the job has ended, or ``limit_s`` has passed (TimeoutError)."""
+    offset, heard, began = 0, limit_s is not None, time.monotonic()
+    running_since: float | None = None
+    if limit_s is not None:  # what came before the interruption has been shown
+        offset = run.metrics_end()
+    while True:
+        state = job.state()
+        for record, end in run.read_metrics(offset):
+            heard, offset = True, end
+            show(record)
+        if state in {"succeeded", "failed"}:
+            return
+        now = time.monotonic()
+        if state == "running" and running_since is None:
+            running_since = now
+        if limit_s is not None and now - began > limit_s:
+            raise TimeoutError
+        if not heard and running_since is not None and now - running_since > FIRST_WORD_S:
+            job.kill()
+            raise JobError(
+                f"run {run.id}: no rank was ready within {FIRST_WORD_S:.0f} s; the job was ended. "
+                f"{job.why()}"
+            )
+        time.sleep(POLL_S)
+
+
+def _stop(run: RunDir, job: Job, show: Show) -> None:
+    run.stop.touch()
+    again = job.detach()
+    more = f"; Ctrl-C again leaves it to itself ({again})" if again else ""
+    console.note(f"\nstopping run {run.id} after the step it is in, nothing is published{more}")
+    try:
+        _watch(run, job, show, STOP_S)
+    except TimeoutError:
+        console.note(f"it did not stop within {STOP_S:.0f} s and is ended now")
+        job.kill()
+    except KeyboardInterrupt:
+        if again:
+            raise
+        job.kill()
+    if run.read_result() is None:
+        run.finish({"status": "failed", "error": f"run {run.id} was interrupted"})
+
+
+@contextmanager
+def display() -> Iterator[Show]:
+    """Yield what shows one record of ``metrics.jsonl``."""
+    if console.is_plain():
+        yield lambda record: console.out(line(record))
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=30),
+        TextColumn("{task.fields[told]}", markup=False),
+    )
+    with Progress(*columns, transient=False) as progress:
+        task = progress.add_task("train", total=None, told="waiting for the ranks")
+
+        def show(record: Mapping[str, Any]) -> None:
+            if "event" in record:
+                progress.console.print(line(record), markup=False, highlight=False)
+                progress.update(task, total=record.get("steps"), told=record["event"])
+            else:
+                told = line(record).partition("  ")[2]
+                progress.update(task, completed=record["step"], total=record["steps"], told=told)
+
+        yield show
+
+
+def line(record: Mapping[str, Any]) -> str:
+    """Return one record as a line for people."""
+    match record.get("event"):
+        case None:
+            return (
+                f"step {record['step']}/{record['steps']}  loss {record['loss']:.4f}  "
+                f"{record['tokens_per_s']:.0f} tokens/s  {duration(record['eta_s'])} left"
+            )
+        case "ready":
+            return (
+                f"{record['world']} ranks ready in {record['seconds']:.0f} s: {record['engine']}, "
+                f"ZeRO {record['zero_stage']}, {record['dtype']} on {record['device']}; "
+                f"{record['rows']} rows, {record['tokens']} tokens ({record['trained_tokens']} "
+                f"trained), {record['steps']} steps"
+            )
+        case "evaluated":
+            return f"held-out loss {record['when']}: {record['loss']:.4f}"
+        case "checkpoint":
+            return f"checkpoint at step {record['step']}: {record['path']}"
+        case "published":
+            return f"published {record['ref']}"
+        case other:
+            return str(other)
+
+
+def duration(seconds: float) -> str:
+    """Return ``75 s`` as ``1 min 15 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

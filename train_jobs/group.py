@@ -1,0 +1,160 @@
+"""What a process needs before it is a rank: its environment, its memory, its process group."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from cluster.device import resolve_dtype
+from train_jobs.config import Optim, Run
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one rank stands."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    address: str
+    """``host:port`` where rank 0 listens for the others."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where this rank computes, and in which number format."""
+
+    name: str
+    """``cpu`` or ``cuda:0``."""
+    dtype: str
+
+
+def free_address(host: str = "127.0.0.1") -> str:
+    """Return ``host:port`` with a port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return f"{host}:{probe.getsockname()[1]}"
+
+
+def prepare(place: Place, run: Run) -> None:
+    """Set what torch and DeepSpeed read when they are imported. Call before either is."""
+    host, port = place.address.rsplit(":", 1)
+    os.environ.update(
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.size),
+        LOCAL_RANK=str(place.local_rank),
+        LOCAL_WORLD_SIZE=str(place.local_size),
+        # DeepSpeed's CPU accelerator counts its devices from LOCAL_SIZE, else from NUMA nodes
+        LOCAL_SIZE=str(place.local_size),
+        MASTER_ADDR=host,
+        MASTER_PORT=port,
+        TOKENIZERS_PARALLELISM="false",
+    )
+    if not run.num_gpus:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["OMP_NUM_THREADS"] = str(threads(place, run))
+        keep_memory()
+
+
+def threads(place: Place, run: Run) -> int:
+    """Return the CPU threads of one rank: its share of this machine, unless the run says."""
+    return run.threads or max(1, len(os.sched_getaffinity(0)) // place.local_size)
+
+
+def keep_memory() -> None:
+    """Let the allocator keep what it freed, in huge pages.
+
+    Each step allocates and frees the same gigabytes. By default glibc returns them to the kernel
+    every time, and the next step faults in every 4 kB page anew: a third of a CPU step
+    (SmolLM2-135M, two ranks). Linux with glibc only; elsewhere nothing happens.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)
+        mallopt(m_top_pad, 64 << 20)
+
+
+def join(place: Place, run: Run) -> Device:
+    """Enter the process group of the run; gloo on CPUs, nccl on GPUs.
+
+    Every collective is bounded by ``run.timeout_s``: a rank that died or hangs is an error.
+    """
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = bool(run.num_gpus)
+    if on_gpu:
+        # Ray shows each worker its own GPUs; plain processes see all of them
+        index = place.local_rank if torch.cuda.device_count() > 1 else 0
+        torch.cuda.set_device(index)  # before the first nccl collective
+        device = f"cuda:{index}"
+    else:
+        # DeepSpeed would compile a C++ shared-memory collective here; gloo does without
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        torch.set_num_threads(threads(place, run))
+        device = "cpu"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=f"tcp://{place.address}",
+        rank=place.rank,
+        world_size=place.size,
+        timeout=timedelta(seconds=run.timeout_s),
+    )
+    deepspeed.init_distributed()  # wraps the group that exists
+    return Device(device, resolve_dtype(run.dtype, device))
+
+
+def leave() -> None:
+    """End the process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def quiet() -> None:
+    """Silence the libraries' own progress: a rank's words go through the run's metrics."""
+    import logging
+    import warnings
+
+    from deepspeed.utils import logger
+    from transformers.utils import logging as hf
+
+    logger.setLevel(logging.WARNING)
+    hf.disable_progress_bar()
+    # torch 2.13 renames a collective that DeepSpeed 0.19 still calls by its old name
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python and torch, every rank alike: ranks differ by their rows only."""
+    import random
+
+    import torch
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def open_engine(model: Any, rendered: dict[str, Any], optim: Optim) -> Any:
+    """Hand a model to DeepSpeed with our own AdamW.
+
+    A client optimiser: DeepSpeed's own "AdamW" compiles C++ or CUDA at run time.
+    """
+    import deepspeed
+    import torch
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=rendered)
+    return engine

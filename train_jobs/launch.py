@@ -1,0 +1,119 @@
+"""The driver of a training job: Ray Train around `train_jobs.worker`.
+
+This uses `DataParallelTrainer`, not its subclass `TorchTrainer`: importing ``ray.train.torch``
+imports torch, here and once more in Ray Train's controller, some ten CPU seconds for a process
+group that `train_jobs.group` makes in two lines.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from cluster.errors import JobError, NotEnough, RoundhouseError
+from cluster.resources import Demand
+from cluster.session import connect
+from train_jobs.config import FinetuneConfig
+from train_jobs.plan import demand
+from train_jobs.runs import RunDir
+from train_jobs.worker import train
+
+ROOM_S = 30.0
+"""How long a job waits for CPUs that another is just giving back."""
+
+# Where the cluster was not started by `roundhouse up`; read when ray is imported
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+def launch(run: RunDir, config: FinetuneConfig) -> int:
+    """Run all ranks on the cluster and wait for them; returns 0.
+
+    Raises:
+        JobError: a rank failed; ``result.json`` says the same.
+    """
+    try:
+        _fit(run, config)
+    except RoundhouseError as error:
+        run.finish({"status": "failed", "error": str(error)})
+        raise
+    return 0
+
+
+def _fit(run: RunDir, config: FinetuneConfig) -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    connect()
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    wait_for_room(demand(config))
+    resources = {"CPU": config.run.num_cpus}
+    if config.run.num_gpus:
+        resources["GPU"] = config.run.num_gpus
+    trainer = DataParallelTrainer(
+        train,
+        train_loop_config={"run": str(run.path), "revision": code_revision()},
+        scaling_config=ScalingConfig(
+            num_workers=config.run.workers,
+            use_gpu=bool(config.run.num_gpus),
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=run.id,
+            storage_path=str(run.path / "ray"),
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise JobError(cause(run, error)) from error
+
+
+def wait_for_room(wanted: Demand) -> None:
+    """Wait until the cluster has what the ranks reserve; NotEnough after ``ROOM_S``.
+
+    Ray Train itself would wait for ever. Only totals are compared: Ray has the last word.
+    """
+    import ray
+
+    deadline = time.monotonic() + ROOM_S
+    asked = {"CPU": wanted.cpus * wanted.count, "GPU": wanted.gpus * wanted.count}
+    while True:
+        free = ray.available_resources()
+        short = {name: n for name, n in asked.items() if n > free.get(name, 0.0) + 1e-6}
+        if not short:
+            return
+        if time.monotonic() > deadline:
+            told = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in short)
+            raise NotEnough(
+                f"wanted: {wanted}; free: {told}, after {ROOM_S:.0f} s; end what holds the rest "
+                "(`roundhouse status` shows it) or lower run.workers or run.num_cpus"
+            )
+        time.sleep(0.5)
+
+
+def code_revision() -> str | None:
+    """Return the hash of the code package this job runs from."""
+    import ray
+
+    uri: str = ray.get_runtime_context().runtime_env.get("working_dir", "")
+    return uri.rpartition("_ray_pkg_")[2].removesuffix(".zip") or None
+
+
+def cause(run: RunDir, error: Any) -> str:
+    """Return one line that names the rank and why it failed."""
+    failures = getattr(error, "worker_failures", {}) or {}
+    if not failures:
+        return f"run {run.id}: {error}"
+    # ranks fail together: the first that says something of its own is the cause
+    own = {rank: e for rank, e in failures.items() if isinstance(e, RoundhouseError)}
+    rank, first = sorted((own or failures).items())[0]
+    kind = "" if own else f"{type(first).__name__}: "
+    return f"run {run.id}: rank {rank} failed: {kind}{first}"

@@ -1,0 +1,109 @@
+"""``--local N``: the same ranks as plain processes of this machine, without Ray."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.package import code_root
+from train_jobs.group import Place, free_address
+from train_jobs.runs import RunDir
+
+if TYPE_CHECKING:
+    from train_jobs.follow import State
+
+GRACE_S = 10.0
+
+
+class LocalRanks:
+    """The processes of one run; what each of them printed is in ``rank-N.log``."""
+
+    def __init__(self, run: RunDir, ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+        self.run, self.ranks = run, ranks
+        self._failed: int | None = None
+
+    @classmethod
+    def start(cls, run: RunDir, workers: int) -> LocalRanks:
+        """Start all ranks; they meet on a free port of the loopback."""
+        address = free_address()
+        ranks = []
+        for rank in range(workers):
+            with _log(run, rank).open("wb") as log:
+                ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "train_jobs.local", str(run.path)]
+                        + [str(rank), str(workers), address],
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        cwd=code_root(),
+                        # Ctrl-C is for whoever follows the run
+                        start_new_session=True,
+                    )
+                )
+        return cls(run, ranks)
+
+    def state(self) -> State:
+        """Return where the run stands; one rank that fails ends the others."""
+        codes = [rank.poll() for rank in self.ranks]
+        if all(code == 0 for code in codes):
+            return "succeeded"
+        if self._failed is None:
+            self._failed = next((number for number, code in enumerate(codes) if code), None)
+        if self._failed is None:
+            return "running"
+        self.kill()
+        return "failed"
+
+    def why(self) -> str:
+        """Return the last words of the rank that failed first."""
+        number = self._failed or 0
+        text = _log(self.run, number).read_text(errors="replace").strip()
+        code = self.ranks[number].returncode
+        last = text.splitlines()[-1] if text else f"exit code {code}"
+        return (
+            f"run {self.run.id}: rank {number} failed: {last}\nwhole log: {_log(self.run, number)}"
+        )
+
+    def kill(self) -> None:
+        """End what still runs: TERM, then KILL."""
+        for rank in self.ranks:
+            if rank.poll() is None:
+                rank.terminate()
+        deadline = time.monotonic() + GRACE_S
+        for rank in self.ranks:
+            try:
+                rank.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                rank.kill()
+                rank.wait(GRACE_S)
+
+    def detach(self) -> None:
+        """Plain processes end with the command that started them."""
+
+
+def _log(run: RunDir, rank: int) -> Path:
+    return run.path / f"rank-{rank}.log"
+
+
+def main(argv: list[str]) -> int:
+    """Be one rank: ``RUN_FOLDER RANK SIZE HOST:PORT``."""
+    from cluster.errors import RoundhouseError
+    from train_jobs.ports import PlainWorld
+    from train_jobs.rank import run_rank
+
+    run, rank, size = RunDir(Path(argv[0])), int(argv[1]), int(argv[2])
+    place = Place(rank, size, rank, size, argv[3])
+    try:
+        run_rank(run, place, PlainWorld(rank, size, run), revision=None)
+    except RoundhouseError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,158 @@
+"""The step loop. DeepSpeed owns parameters, gradients and optimiser state; this owns the order.
+
+The loss of a step is the mean over the trained tokens of its *global* batch. DeepSpeed averages
+over micro-batches and over ranks, which would weigh a row with one trained token like a row with
+sixty; so each micro-batch contributes ``sum of nll / trained tokens of the global batch`` times
+the two counts that DeepSpeed will divide by.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import JobError
+from train_jobs.config import FinetuneConfig
+from train_jobs.data.dataset import Dataset, Document, trained_in
+from train_jobs.data.order import Order
+from train_jobs.objectives.sft import collate, nll_sum
+from train_jobs.ports import World, sum_over_ranks
+from train_jobs.schedule import lr_at
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after its last optimiser step."""
+
+    step: int
+    stopped: bool
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    loss: float | None
+    """Of the last step."""
+
+
+def train(
+    engine: Any,
+    config: FinetuneConfig,
+    data: Dataset,
+    order: Order,
+    world: World,
+    save: Callable[[int, Mapping[str, float]], None],
+    first: int = 0,
+) -> Progress:
+    """Run the optimiser steps from ``first`` on; returns where it ended.
+
+    ``save(step, metrics)`` is called on every rank after each ``run.save_every`` steps.
+
+    Raises:
+        JobError: a loss or a gradient norm is not finite. Every rank raises the same words, so
+            none is left waiting in a collective, and nothing is saved after it.
+    """
+    engine.train()
+    started, done_tokens, done_trained = time.monotonic(), 0, 0
+    loss: float | None = None
+    step, stopped = first, False
+    while step < order.steps and not stopped:
+        began = time.monotonic()
+        lr = lr_at(step, order.steps, config.optim)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        batch = list(documents_of(data, order.step(step)))
+        tokens = trained_in(batch)
+        summed = 0.0
+        shares = [
+            order.micro_batches(step, rank, world.size, config.batch.micro)
+            for rank in range(world.size)
+        ]
+        for rows in zip(*shares, strict=True):  # what each rank runs now
+            mine = list(documents_of(data, rows[world.rank]))
+            nll = nll_sum(engine, collate(mine, engine.device))
+            total, stopped = agree(nll, rows, step, data, world)
+            summed += total
+            engine.backward(nll / tokens * world.size * config.accumulate)
+            engine.step()  # a step of the optimiser on the last micro-batch only
+        norm = float(engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(norm):
+            raise JobError(f"step {step + 1}: the gradient norm is {norm}; lower optim.lr")
+        step, loss = step + 1, summed / tokens
+        done_tokens += sum(len(document.ids) for document in batch)
+        done_trained += tokens
+        now = time.monotonic()
+        metrics = {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_s": done_tokens / (now - started),
+            "trained_tokens": tokens,
+            "step_s": now - began,
+            "eta_s": (order.steps - step) * (now - started) / (step - first),
+        }
+        world.report({"step": step, "steps": order.steps, **metrics})
+        if config.run.save_every and step % config.run.save_every == 0:
+            save(step, metrics)
+    return Progress(step, stopped, done_tokens, done_trained, time.monotonic() - started, loss)
+
+
+def documents_of(data: Dataset, rows: Sequence[int | None]) -> Iterable[Document]:
+    """Yield the documents of some rows; a place past the last epoch holds none."""
+    return (document for row in rows if row is not None for document in data.rows[row])
+
+
+def agree(
+    nll: Any, rows: Sequence[Sequence[int | None]], step: int, data: Dataset, world: World
+) -> tuple[float, bool]:
+    """Exchange what all ranks must know before they enter the backward pass together.
+
+    ``rows`` are those of each rank. Returns the loss summed over tokens and ranks, and whether
+    the run is to end after this step.
+    """
+    value = float(nll.detach())
+    bad = [0.0] * world.size
+    bad[world.rank] = float(not math.isfinite(value))
+    told = sum_over_ranks([0.0 if any(bad) else value, float(world.should_stop()), *bad])
+    for rank, flag in enumerate(told[2:]):
+        if flag:
+            seen = ", ".join(document.where for document in documents_of(data, rows[rank]))
+            raise JobError(
+                f"step {step + 1}: the loss on rank {rank} is not a finite number, in the rows "
+                f"{seen}; nothing is saved after it. Lower optim.lr, or look at these rows"
+            )
+    return told[0], told[1] > 0
+
+
+def check_engine(engine: Any, config: FinetuneConfig, dtype: str, world: World) -> dict[str, Any]:
+    """Check that what runs is what was asked for, and return it for the run's record."""
+    found = {
+        "engine": type(engine).__name__,
+        "zero_stage": engine.zero_optimization_stage(),
+        "world": engine.dp_world_size,
+        "optimizer": type(client_optimizer(engine)).__name__,
+        "clip": engine.gradient_clipping(),
+        "dtype": str(next(engine.module.parameters()).dtype).removeprefix("torch."),
+        "accumulate": engine.gradient_accumulation_steps(),
+    }
+    asked = {
+        "engine": "DeepSpeedEngine",
+        "zero_stage": config.zero,
+        "world": world.size,
+        "optimizer": "AdamW",
+        "clip": config.optim.clip,
+        "dtype": dtype,
+        "accumulate": config.accumulate,
+    }
+    if wrong := {key: found[key] for key in asked if found[key] != asked[key]}:
+        raise JobError(f"DeepSpeed runs {wrong}, the configuration asks for {asked}")
+    return found
+
+
+def client_optimizer(engine: Any) -> Any:
+    """Return the torch optimiser below DeepSpeed's wrappers."""
+    optimizer = engine.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -1,0 +1,31 @@
+"""How a Ray Train worker becomes a rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from train_jobs.group import Place, free_address
+from train_jobs.ports import RayWorld
+from train_jobs.rank import run_rank
+from train_jobs.runs import RunDir
+
+
+def main(spec: dict[str, Any]) -> dict[str, Any]:
+    """Find this worker's place, let rank 0 tell its address, and run."""
+    import ray.train
+    import ray.util
+    from ray.train.collective import broadcast_from_rank_zero
+
+    context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    own = free_address(ray.util.get_node_ip_address()) if rank == 0 else None
+    place = Place(
+        rank=rank,
+        size=size,
+        local_rank=context.get_local_rank(),
+        local_size=context.get_local_world_size(),
+        address=broadcast_from_rank_zero(own),
+    )
+    run = RunDir(Path(spec["run"]))
+    return run_rank(run, place, RayWorld(rank, size, run), spec["revision"])

@@ -1,0 +1,129 @@
+"""One run's folder: ``runs/<id>/`` with config.json, metrics.jsonl, checkpoints/, result.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cluster import home
+from cluster.errors import JobError
+
+
+def new_id(stem: str, now: datetime | None = None, tail: str | None = None) -> str:
+    """Return an id nobody has used, as in ``demo-sft-20261122-0101-ab12`` (UTC).
+
+    Ids must be unique: Ray Train resumes a run whose name it has seen, without a word.
+    """
+    word = "".join(c if c.isascii() and c.isalnum() else "-" for c in stem.lower()).strip("-")
+    stamp = (now or datetime.now(UTC)).strftime("%Y%m%d-%H%M")
+    return f"{word[:24].strip('-') or 'run'}-{stamp}-{tail or secrets.token_hex(2)}"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder of one run. Only rank 0 and the driver write; anybody may read."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, stem: str) -> RunDir:
+        """Make the folder of a new run under ``<home>/runs``."""
+        for _ in range(8):
+            path = home.runs_dir() / new_id(stem)
+            try:
+                path.mkdir(parents=True, mode=0o700)
+            except FileExistsError:
+                continue
+            return cls(path)
+        raise FileExistsError(f"eight run ids in a row were taken under {home.runs_dir()}")
+
+    @classmethod
+    def of(cls, config: Path) -> RunDir | None:
+        """Return the run that a stored ``config.json`` belongs to, or None for a user's file."""
+        path = config.absolute()
+        return cls(path.parent) if path.parent.parent == home.runs_dir() else None
+
+    def claim(self) -> None:
+        """Take the run for this process; JobError when another took it, or it has ended."""
+        try:
+            (self.path / "claimed").touch(exist_ok=False)
+        except FileExistsError:
+            raise JobError(
+                f"run {self.id} was started before ({self.path}); start a new one with "
+                "`roundhouse train` and your own config file"
+            ) from None
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration: what the workers read."""
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: a step, or an event."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """Written once, at the end, whatever the end was."""
+        return self.path / "result.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of `train_jobs.checkpoint`."""
+        return self.path / "checkpoints"
+
+    @property
+    def stop(self) -> Path:
+        """Its existence asks the run to end after the step it is in."""
+        return self.path / "stop"
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one line to ``metrics.jsonl``; a reader sees whole lines only."""
+        line = json.dumps({"time": round(time.time(), 3), **record}) + "\n"
+        with self.metrics.open("a") as file:
+            file.write(line)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write ``result.json`` by rename."""
+        staged = self.result.with_suffix(".partial")
+        staged.write_text(json.dumps({"run": self.id, **result}, indent=2) + "\n")
+        os.replace(staged, self.result)
+
+    def read_result(self) -> dict[str, Any] | None:
+        """Return ``result.json``, or None while the run has none."""
+        try:
+            found: dict[str, Any] = json.loads(self.result.read_text())
+        except FileNotFoundError:
+            return None
+        return found
+
+    def metrics_end(self) -> int:
+        """Return the offset behind the last whole line so far."""
+        return max((end for _, end in self.read_metrics()), default=0)
+
+    def read_metrics(self, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+        """Yield each whole line from byte ``offset`` on, with the offset behind it."""
+        try:
+            file = self.metrics.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                offset += len(line)
+                yield json.loads(line), offset
