@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import local, machine, processes
+from cluster import head, local, machine, processes
 from cluster.device import fast_bf16, resolve_dtype
 from cluster.errors import ClusterError, ConfigError
 from cluster.machine import GIB, MIB, Machine
@@ -100,14 +100,14 @@ def test_cpus_and_limits(tmp_path: Path) -> None:
 
 def test_the_head_listens_on_loopback_behind_a_token(root: Path) -> None:
     given = {"RAY_AUTH_TOKEN": "x", "RAY_ADDRESS": "y", "PYTHONPATH": "/src", "LANG": "C"}
-    env = local.head_environment(root, root / "t", "id", Ports(), given | {"no_proxy": "corp"})
+    env = head.environment(root, root / "t", "id", Ports(), given | {"no_proxy": "corp"})
     assert env["RAY_AUTH_MODE"] == "token"
     assert env["RAY_AUTH_TOKEN_PATH"] == str(root / "t")
     assert {"RAY_AUTH_TOKEN", "RAY_ADDRESS", "PYTHONPATH"}.isdisjoint(env)
     assert env["LANG"] == "C"
     assert env["no_proxy"] == "corp,127.0.0.1,localhost"
     assert Path(env["ROUNDHOUSE_HOME"]).is_absolute()
-    line = local.head_command(Ports(), root / "s", SMALL)
+    line = head.command(Ports(), root / "s", SMALL)
     for part in ("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--num-cpus=8"):
         assert part in line
     assert not any(part.startswith("--plasma-directory") for part in line)
@@ -208,7 +208,7 @@ def test_an_unreadable_or_half_written_state_is_told(root: Path) -> None:
 
 def test_a_start_that_fails_leaves_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = [sys.executable, "-c", "import sys; print('port 1 is taken'); sys.exit(3)"]
-    monkeypatch.setattr(local, "head_command", lambda *_: broken)
+    monkeypatch.setattr(head, "command", lambda *_: broken)
     with pytest.raises(ClusterError, match=r"did not start \(exit 3\)(.|\n)*port 1 is taken"):
         local.up(["any"], lambda text: None)
     assert not (root / "cluster.json").exists()
