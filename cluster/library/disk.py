@@ -47,8 +47,8 @@ def explained(what: str, directory: Path, wanted: int) -> Iterator[None]:
                 "free; nothing was changed; remove versions with `roundhouse models rm`"
             ) from error
         raise LibraryError(
-            f"{what}: {error.strerror or error} ({error.filename or directory}); "
-            "nothing was changed"
+            f"{what}: {error.strerror or error} ({error.filename or directory}); when that is "
+            "mended, see with `roundhouse models list` how far it went and repeat"
         ) from error
 
 
