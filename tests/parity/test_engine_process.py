@@ -1,0 +1,231 @@
+"""The real engine over its socket: the contract, two versions, and ranks that die or hang."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import EngineError, RankLost, RequestError
+from serve_apps.engine.interface import Engine, Sampling
+from serve_apps.engine.sharded import ShardedEngine
+from tests.parity.engine_fixtures import (
+    greedy,
+    local_model,
+    loop,
+    opened,
+    prompts,
+    run_local,
+    save_tiny,
+    tiny,
+    tiny2,
+    tiny_config,
+)
+from tests.unit.engine_contract import (
+    CONTRACT,
+    LONG,
+    LoopThread,
+    answer,
+    ask,
+    idle,
+    release_drains_then_aborts,
+    settled,
+)
+
+__all__ = ["loop", "tiny", "tiny2"]
+pytestmark = pytest.mark.parity
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    # a zombie whose parent has not looked yet is no process any more
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.fixture(scope="module")
+def engine(loop: LoopThread, tiny: Path, tiny2: Path) -> Iterator[ShardedEngine]:
+    engine = loop.run(opened(tiny_config(), m1=tiny, m2=tiny2))
+    yield engine
+    loop.run(engine.stop())
+    assert engine.rank_pid
+    assert gone(engine.rank_pid)
+
+
+@pytest.mark.parametrize("promise", CONTRACT, ids=lambda f: f.__name__)
+def test_the_real_engine_keeps_the_contract(
+    promise: Callable[[Engine], Awaitable[None]], engine: ShardedEngine, loop: LoopThread
+) -> None:
+    async def run() -> None:
+        await promise(engine)
+
+    loop.run(run())
+
+
+def test_release_drains_then_aborts(engine: ShardedEngine, loop: LoopThread, tiny2: Path) -> None:
+    loop.run(release_drains_then_aborts(engine, lambda: engine.load("m@2", str(tiny2))))
+
+
+def test_both_versions_answer_like_their_own_model(
+    engine: ShardedEngine, loop: LoopThread, tiny: Path, tiny2: Path
+) -> None:
+    texts = prompts(2, seed=9)
+
+    async def run() -> list[list[int]]:
+        return await asyncio.gather(
+            answer(engine, ask(tuple(texts[0]), 40), "m@1"),
+            answer(engine, ask(tuple(texts[1]), 40), "m@2"),
+        )
+
+    wanted = [
+        run_local(local_model(d), [greedy(t, 40)])[0]
+        for d, t in zip((tiny, tiny2), texts, strict=True)
+    ]
+    assert loop.run(run()) == wanted
+
+
+def test_an_update_under_load_moves_nobody_sc08(
+    engine: ShardedEngine, loop: LoopThread, tiny: Path, tmp_path: Path
+) -> None:
+    """Requests of the old version end on it; the same prompt afterwards is answered afresh."""
+    three = save_tiny(tmp_path, seed=3)
+    prompt = tuple(prompts(1, seed=4)[0])
+
+    async def run() -> tuple[list[int], list[int], list[int]]:
+        old = asyncio.create_task(answer(engine, ask(prompt, LONG)))
+        await settled(engine, lambda s: s.running == 1)
+        await engine.load("m@3", str(three))
+        assert not old.done(), "the load must fit into the long answer for this test to say much"
+        await engine.activate("m@3")
+        new = await answer(engine, ask(prompt, 50))
+        before = await old
+        await engine.activate("m@1")
+        await engine.release("m@3", 1.0)
+        return before, new, await answer(engine, ask(prompt, 50))
+
+    before, new, again = loop.run(run())
+    fresh = run_local(local_model(tiny), [greedy(prompt, LONG)], slot_len=512)[0]
+    assert before == fresh
+    assert again == fresh[:50]
+    assert new == run_local(local_model(three), [greedy(prompt, 50)])[0]
+
+
+def test_seeds_over_the_socket_sc14(engine: ShardedEngine, loop: LoopThread) -> None:
+    def warm(seed: int | None) -> object:
+        return ask((5, 6), 30, Sampling(1.0, seed=seed))
+
+    async def run() -> list[list[int]]:
+        return [await answer(engine, warm(s)) for s in (1, 1, 2, None, None)]  # type: ignore[arg-type]
+
+    one, again, two, *free = loop.run(run())
+    assert one == again != two
+    assert free[0] != free[1]
+
+
+def test_a_version_that_cannot_be_loaded_changes_nothing(
+    engine: ShardedEngine, loop: LoopThread, tmp_path: Path
+) -> None:
+    other = save_tiny(tmp_path / "other", num_hidden_layers=2)
+    bloom = save_tiny(tmp_path / "bloom", "bloom")
+
+    async def run() -> None:
+        for directory, told in [(other, "shape"), (bloom, "'bloom'"), (tmp_path, "config.json")]:
+            with pytest.raises(EngineError, match=told):
+                await engine.load("m@8", str(directory))
+        assert (await engine.stats()).versions == ("m@1", "m@2")
+        assert len(await answer(engine, ask())) == 5
+
+    loop.run(run())
+
+
+def test_three_hundred_cancels_leave_nothing_behind_sc13(
+    engine: ShardedEngine, loop: LoopThread
+) -> None:
+    async def run() -> None:
+        for i in range(300):
+            stream = engine.generate(ask((3, 4, 5), LONG))
+            if i % 3:
+                await anext(stream)
+            await stream.aclose()
+        await settled(engine, idle)
+        assert not engine._answers
+
+    loop.run(run())
+
+
+def test_ids_outside_the_vocabulary_are_refused(engine: ShardedEngine, loop: LoopThread) -> None:
+    async def run() -> None:
+        for bad in (-1, 128, 10**9):
+            with pytest.raises(RequestError, match=r"0\.\.127"):
+                engine.generate(ask((1, bad)))
+
+    loop.run(run())
+
+
+def test_a_killed_rank_fails_every_waiter_fast(loop: LoopThread, tiny: Path) -> None:
+    async def run() -> None:
+        engine = await opened(tiny_config(), m1=tiny)
+        streams = [engine.generate(ask(max_tokens=LONG)) for _ in range(4)]
+        await anext(streams[0])
+        assert engine.rank_pid
+        os.kill(engine.rank_pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        for stream in streams:
+            with pytest.raises(RankLost):
+                async for _ in stream:
+                    pass
+        assert time.monotonic() - killed_at < 5
+        with pytest.raises(RankLost):
+            await engine.check_health()
+        with pytest.raises(RequestError) as caught:
+            engine.generate(ask())
+        assert caught.value.status == 503
+        await engine.stop()
+
+    loop.run(run())
+
+
+def test_a_stopped_rank_is_found_and_killed(loop: LoopThread, tiny: Path) -> None:
+    async def run() -> None:
+        engine = await opened(tiny_config(step_timeout_s=1.0), m1=tiny)
+        stream = engine.generate(ask(max_tokens=LONG))
+        await anext(stream)
+        assert engine.rank_pid
+        os.kill(engine.rank_pid, signal.SIGSTOP)
+        stopped_at = time.monotonic()
+        with pytest.raises(RankLost, match="step_timeout_s"):
+            async for _ in stream:
+                pass
+        assert time.monotonic() - stopped_at < 5
+        await engine.stop()
+        assert gone(engine.rank_pid)
+
+    loop.run(run())
+
+
+def test_a_rank_dies_with_its_front(tiny: Path) -> None:
+    front = (
+        "import asyncio, os, signal\n"
+        "from serve_apps.engine.sharded import ShardedEngine\n"
+        "from tests.parity.engine_fixtures import tiny_config\n"
+        "async def main():\n"
+        "    engine = ShardedEngine(tiny_config())\n"
+        "    await engine.start()\n"
+        "    print(engine.rank_pid, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", front], stdout=subprocess.PIPE, timeout=60)
+    pid, deadline = int(done.stdout), time.monotonic() + 5
+    while not gone(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
