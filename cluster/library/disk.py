@@ -41,7 +41,7 @@ def explained(what: str, directory: Path, wanted: int) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            free = shutil.disk_usage(directory).free
+            free = shutil.disk_usage(existing(directory)).free
             raise NotEnough(
                 f"{what}: the disk of {directory} is full: {_mb(wanted)} wanted, {_mb(free)} "
                 "free; nothing was changed; remove versions with `roundhouse models rm`"
@@ -118,6 +118,12 @@ def fsync_dir(directory: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def existing(path: Path) -> Path:
+    """Return the nearest parent of ``path`` that exists, or itself."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import LibraryError, RoundhouseError
-from cluster.library.disk import hash_file, need, staging
+from cluster.library.disk import explained, hash_file, need, staging
 from cluster.library.gguf_convert import FACTS
 from cluster.library.intake import allowed, inspect
 from cluster.library.manifest import Facts, Origin
@@ -50,11 +50,9 @@ def import_model(
     found = parse_source(source)
     name = name or found.default_name
     library.versions(name)  # a name that breaks the rule is told before the work
-    if found.kind == "hub":
-        return from_hub(library, found, name, report)
-    if found.kind == "gguf":
-        return from_gguf(library, found, name, report)
-    return from_hf_dir(library, found, name, report)
+    bring = {"hub": from_hub, "gguf": from_gguf, "directory": from_hf_dir}[found.kind]
+    with explained(f"import {found.where}", library.root, 0):
+        return bring(library, found, name, report)
 
 
 def from_hf_dir(library: Library, source: Source, name: str, report: Report) -> Imported:

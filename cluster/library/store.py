@@ -123,11 +123,12 @@ class Library:
         """
         home = self._home(name)
         source = Path(source)
-        taken = inspect(source)
+        with explained(f"publish {name}", source, 0):
+            taken = inspect(source)
         if facts.kind == "adapter" and facts.base is None:
             raise LibraryError(f"{name}: an adapter needs its base, as in base: name@3")
         wanted = sum(path.stat().st_size for path in taken.files.values())
-        with explained(f"publish {name}", _existing(self.root), wanted):
+        with explained(f"publish {name}", self.root, wanted):
             (home / "versions").mkdir(parents=True, exist_ok=True)
             with staging(self.root) as stage:
                 self._sweep(name)
@@ -208,7 +209,7 @@ class Library:
         if directory.exists() and (not directory.is_dir() or _children(directory)):
             raise LibraryError(f"{directory}: something is there; give a new or empty directory")
         size = version.manifest.size
-        with explained(f"export {version.ref}", _existing(directory.absolute()), size):
+        with explained(f"export {version.ref}", directory, size):
             directory.mkdir(parents=True, exist_ok=True)
             need(directory, size)
             for file, entry in version.manifest.files.items():
@@ -269,6 +270,8 @@ class Library:
             manifest = read_manifest(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise LibraryError(f"{path}: cannot be read: {error.strerror or error}") from None
         except (ValueError, RecursionError) as error:
             raise Corrupt(
                 f"{path}: damaged ({str(error).splitlines()[0]}), so {name}@{number} cannot be "
@@ -346,8 +349,3 @@ def _empty(directory: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def _existing(path: Path) -> Path:
-    """Return the nearest parent that exists, for asking how much is free."""
-    return next(place for place in (path, *path.parents) if place.exists())

@@ -52,7 +52,7 @@ class ChatText:
         self._tokenizer = tokenizer
         raw = json.loads(tokenizer.to_str())
         byte_level = '"ByteLevel"' in json.dumps(raw["decoder"])
-        self._special = SpecialTokens(tokenizer, raw)
+        self._special = SpecialTokens(tokenizer, raw, known)
         self._template = ChatTemplate(template, named, where) if template is not None else None
         self._where = where
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -22,14 +22,20 @@ from cluster.errors import ConfigError
 class SpecialTokens:
     """The special tokens of one tokenizer and the tokenizer that people cannot talk to."""
 
-    def __init__(self, tokenizer: Tokenizer, raw: dict[str, Any]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, raw: dict[str, Any], named: Collection[str] = ()
+    ) -> None:
         """Take the special tokens of ``tokenizer``, whose JSON is ``raw`` (used up).
+
+        ``named`` are tokens that are special because a config says so.
 
         Raises ConfigError when they cannot be guarded.
         """
         added = tokenizer.get_added_tokens_decoder()
         self.ids: dict[str, int] = {
-            token.content: number for number, token in added.items() if token.special
+            token.content: number
+            for number, token in added.items()
+            if token.special or token.content in named
         }
         self.all_ids = frozenset(self.ids.values())
         longest_first = sorted(self.ids, key=len, reverse=True)

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -170,7 +170,8 @@ def _tick() -> None:
         raise TooMuch(f"it ran for more than {MAX_SECONDS:g} s")
 
 
-def _bounded(items: Iterable[Any]) -> Iterator[Any]:
+@pass_context  # so that Jinja does not run it while it compiles
+def _bounded(context: Context, items: Iterable[Any]) -> Iterator[Any]:
     for item in items:
         _tick()
         yield item

@@ -330,3 +330,10 @@ def test_damaged_version_can_be_removed(source: Path) -> None:
     path = Library().get("tiny", 1).path / "manifest.json"
     path.write_text("{")
     assert "removed tiny@1" in run("rm", "tiny@1", "--yes")
+
+
+def test_what_cannot_be_read_or_written_is_one_line(library: Library, source: Path) -> None:
+    library.root.parent.mkdir(exist_ok=True)
+    library.root.write_text("a file where the library should be")
+    with pytest.raises(LibraryError, match="Not a directory|File exists"):
+        import_model(library, str(source), "tiny")

@@ -207,3 +207,15 @@ def test_tc19_template_that_cannot_give_the_mask_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=told):
         chat(template).encode_training(messages)
+
+
+def test_token_that_only_the_config_calls_special_is_guarded_too() -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken("<end>", special=False)])
+    end = tokenizer.token_to_id("<end>")
+    assert end in ChatText(tokenizer, CHATML).encode("a<end>")
+    text = ChatText(tokenizer, CHATML, {"eos_token": "<end>"})
+    assert end not in text.encode("a<end>")
+    assert text.decode([end]) == ""

@@ -72,6 +72,11 @@ def test_template_gets_what_transformers_gives() -> None:
 def test_loop_variables_work_although_loops_are_counted() -> None:
     source = "{% for m in messages %}{{ loop.index0 }}{{ loop.last }}{{ loop.length }}{% endfor %}"
     assert render(source) == "0True1"
+    assert render("{% for x in [1, 2] %}{{ x }}{% endfor %}") == "12"
+    assert render("{% for x in nothing %}{{ x }}{% else %}none{% endfor %}") == "none"
+    assert render("{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}") == "a1"
+    nested = "{% for x in [[1, [2]]] recursive %}{{ loop(x) if x is sequence else x }}{% endfor %}"
+    assert render(nested) == "12"
 
 
 def test_generation_blocks_come_back_as_spans() -> None:
