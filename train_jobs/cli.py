@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from train_jobs.config import FinetuneConfig
     from train_jobs.follow import State
     from train_jobs.runs import RunDir
+    from train_jobs.task import Task
 
 ENDED: dict[str, Any] = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "failed"}
 TAIL_LINES = 15
@@ -42,24 +44,24 @@ def train(
 ) -> None:
     """Fine-tune a model on a cluster and publish the next version of it."""
     from cluster.config import dump
-    from train_jobs.plan import describe, resolve
+    from train_jobs.plan import resolve, submit_line
     from train_jobs.runs import RunDir
     from train_jobs.task import Task
 
     sets = [*(overrides or []), *([f"run.workers={local}"] if local else [])]
     resolved = resolve(config, sets)
     task = Task.load(resolved)  # a bad row costs a second here, a minute on the cluster
-    cluster = None if local else _cluster(required=not dry_run)
+    cluster = None if local else find_cluster(required=not dry_run)
     if dry_run:
-        nodes = _nodes(cluster) if cluster else None
-        dashboard = cluster.dashboard if cluster else None
-        console.out(describe(task, nodes, dashboard, config.absolute()))
+        rehearse(task, cluster, config, overrides or [])
         return
     if cluster:
         _require_room(cluster, resolved)
     run = RunDir.create(config.stem)
     run.config.write_text(dump(resolved))
     if cluster:
+        console.out(f"run {run.id}: {run.path}")
+        console.out(submit_line(cluster, config.absolute(), overrides or []))
         raise typer.Exit(_on_cluster(cluster, run))
     from train_jobs.follow import follow
     from train_jobs.local import LocalRanks
@@ -118,21 +120,28 @@ class SubmittedJob:
         return f"ray job logs --address {self.cluster.dashboard} --follow {self.run.id}"
 
 
+def rehearse(task: Task, cluster: Cluster | None, config: Path, overrides: Sequence[str]) -> None:
+    """Print what a run would be, and how to start it by hand."""
+    from train_jobs.plan import describe, submit_line
+
+    nodes = _nodes(cluster) if cluster else None
+    console.out(describe(task, nodes, submit_line(cluster, config.absolute(), overrides)))
+
+
 def _on_cluster(cluster: Cluster, run: RunDir) -> int:
     from cluster.session import runtime_env, upload_code
     from train_jobs.follow import follow
-    from train_jobs.plan import job_command, submit_line
+    from train_jobs.plan import job_command
 
     package = upload_code(cluster)
     environment = runtime_env(package, {"ROUNDHOUSE_HOME": str(cluster.home)})
-    console.out(f"run {run.id}: {run.path}")
-    console.out(submit_line(cluster.dashboard, run.config))
     job = SubmittedJob(cluster, run)
     job.submit(environment, job_command(run.config))
     return follow(run, job)
 
 
-def _cluster(required: bool) -> Cluster | None:
+def find_cluster(required: bool) -> Cluster | None:
+    """Return the running cluster; ClusterError, or None where it is not required."""
     from cluster.session import current
 
     try:

@@ -45,9 +45,9 @@ def _run(args: argparse.Namespace) -> int:
     config = resolve(args.config, [*args.overrides, *local])
     task = Task.load(config)
     if args.dry_run:
-        from train_jobs.plan import describe
+        from train_jobs.cli import find_cluster, rehearse
 
-        console.out(describe(task, None, None, args.config.absolute()))
+        rehearse(task, find_cluster(required=False), args.config, args.overrides)
         return 0
     from train_jobs.runs import RunDir
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -58,26 +59,31 @@ def prepare(place: Place, run: Run) -> None:
     if not run.num_gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ["OMP_NUM_THREADS"] = str(threads(place, run))
+        if host.startswith("127.") and sys.platform == "linux":
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo asks the name service who we are
         keep_memory()
 
 
 def threads(place: Place, run: Run) -> int:
     """Return the CPU threads of one rank: its share of this machine, unless the run says."""
-    return run.threads or max(1, len(os.sched_getaffinity(0)) // place.local_size)
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return run.threads or max(1, cores // place.local_size)
 
 
 def keep_memory() -> None:
     """Let the allocator keep what it freed, in huge pages.
 
     Each step allocates and frees the same gigabytes. By default glibc returns them to the kernel
-    every time, and the next step faults in every 4 kB page anew: a third of a CPU step
-    (SmolLM2-135M, two ranks). Linux with glibc only; elsewhere nothing happens.
+    every time, and the next step faults in every 4 kB page anew: a quarter of a CPU step
+    (SmolLM2-135M, two ranks). So what is small stays in the heap, and torch asks for huge pages
+    for the rest. Linux with glibc only; elsewhere nothing happens.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
-        mallopt(m_mmap_max, 0)
+        m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
+        mallopt(m_mmap_threshold, 32 << 20)  # the most that glibc takes
         mallopt(m_trim_threshold, -1)
         mallopt(m_top_pad, 64 << 20)
 
@@ -154,7 +160,11 @@ def open_engine(model: Any, rendered: dict[str, Any], optim: Optim) -> Any:
     import torch
 
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+        model.parameters(),
+        lr=optim.lr,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        fused=True,  # one pass over the state, without temporaries of its size
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=rendered)
     return engine

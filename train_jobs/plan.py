@@ -6,15 +6,19 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import load
 from cluster.device import resolve_dtype
 from cluster.errors import ConfigError
 from cluster.library.store import Library
+from cluster.package import code_root
 from cluster.resources import GIB, Demand, Node, plan
 from train_jobs.config import FinetuneConfig
 from train_jobs.task import Task
+
+if TYPE_CHECKING:
+    from cluster.session import Cluster
 
 
 def resolve(path: Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
@@ -41,16 +45,22 @@ def demand(config: FinetuneConfig) -> Demand:
     return Demand("train rank", config.run.num_cpus, config.run.num_gpus, count=config.run.workers)
 
 
-def job_command(config_path: Path) -> str:
-    """Return the entrypoint of the job that runs a resolved configuration."""
-    return f"python -m train_jobs.finetune {shlex.quote(str(config_path))}"
+def job_command(config_path: Path, overrides: Sequence[str] = ()) -> str:
+    """Return the entrypoint of a job; a shell reads it, so what it must not split is quoted."""
+    words = ["python", "-m", "train_jobs.finetune", str(config_path)]
+    return shlex.join(words + [word for value in overrides for word in ("--set", value)])
 
 
-def submit_line(dashboard: str, config_path: Path, working_dir: str = ".") -> str:
+def submit_line(cluster: Cluster | None, config_path: Path, overrides: Sequence[str] = ()) -> str:
     """Return the line that does by hand what ``roundhouse train`` does."""
+    root = code_root()
+    line = shlex.join(["--working-dir", "." if Path.cwd() == root else str(root)])
+    if cluster is None:
+        return f"ray job submit {line} -- {job_command(config_path, overrides)}"
+    token = shlex.quote(str(cluster.token_file))
     return (
-        f"ray job submit --address {dashboard} --working-dir {working_dir} "
-        f"-- {job_command(config_path)}"
+        f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token} ray job submit "
+        f"--address {cluster.dashboard} {line} -- {job_command(config_path, overrides)}"
     )
 
 
@@ -65,8 +75,11 @@ def memory_of_rank(parameters: int, config: FinetuneConfig) -> int:
     return int(parameters * (4 + 4 + 4 + 12 / shards) + 1.5e9)
 
 
-def describe(task: Task, nodes: Sequence[Node] | None, dashboard: str | None, path: Path) -> str:
-    """Return the text of ``--dry-run``: resolved configuration, data, plan, and the submit line."""
+def describe(task: Task, nodes: Sequence[Node] | None, line: str) -> str:
+    """Return the text of ``--dry-run``: resolved configuration, data, plan, and ``line``.
+
+    ``line`` is what `submit_line` gave; ``nodes`` is None where no cluster runs.
+    """
     config, data = task.config, task.train
     device = "cuda" if config.run.num_gpus else "cpu"
     dtype = resolve_dtype(config.run.dtype, device)
@@ -92,7 +105,7 @@ def describe(task: Task, nodes: Sequence[Node] | None, dashboard: str | None, pa
         lines.append("plan: no cluster runs; `roundhouse up` starts one")
     else:
         lines.append(f"plan: {plan([demand(config)], nodes)}")
-    lines.append(f"by hand: {submit_line(dashboard or 'http://127.0.0.1:8265', path)}")
+    lines.append(f"by hand: {line}")
     return "\n".join(lines)
 
 

@@ -112,9 +112,9 @@ def test_the_entrypoint_answers_a_mistake_with_one_line_and_exit_1(
 def test_the_plan_says_what_is_wanted_and_what_is_free(config: Path) -> None:
     task = Task.load(plan.resolve(config))
     small = Node("n1", cpus=1, cpus_free=1)
-    told = plan.describe(task, [small], "http://127.0.0.1:8265", config)
+    told = plan.describe(task, [small], "by hand")
     assert "does not fit: wanted: 2 x train rank (1 CPU)" in told
-    told = plan.describe(task, [Node("n1", 4, 4)], "http://127.0.0.1:8265", config)
+    told = plan.describe(task, [Node("n1", 4, 4)], "by hand")
     assert "plan: fits: 2 x train rank on n1" in told
 
 
