@@ -119,9 +119,12 @@ async def answer(
     """
     stops, tokens, first = StopFilter(stop), 0, True
     async for chunk in stream:
-        tokens += len(chunk.token_ids)
-        out = stops.feed(text.feed(chunk.token_ids))
-        finish = _finish(chunk)
+        out, finish = "", _finish(chunk)
+        for number in chunk.token_ids:  # one by one: usage counts no token after the stop
+            tokens += 1
+            out += stops.feed(text.feed((number,)))
+            if stops.hit is not None:
+                break
         if finish and stops.hit is None:
             out += stops.feed(text.flush())
             out += stops.flush()

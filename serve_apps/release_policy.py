@@ -53,6 +53,19 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All models that are live, as far as the actor knows."""
+
+    served: Mapping[str, Served]
+    settled: bool
+    """Whether the actor has run long enough to have heard from every live replica."""
+
+    def over(self, before: Mapping[str, Served]) -> Mapping[str, Served]:
+        """Return what to go by: an actor that has just restarted takes no model away."""
+        return self.served if self.settled else {**before, **self.served}
+
+
+@dataclass(frozen=True, slots=True)
 class Wait:
     """Nothing to do yet; ``why`` is what a progress line says."""
 

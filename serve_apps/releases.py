@@ -27,6 +27,7 @@ from serve_apps.release_policy import (
     Order,
     Report,
     Served,
+    Snapshot,
     Wait,
     after_load,
     after_swap,
@@ -61,7 +62,7 @@ class Releases:
     ) -> None:
         self._library = library or Library()
         self._revision = revision
-        self._clock = clock
+        self._clock, self._born_s = clock, clock()
         self._models: dict[str, _Model] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._changed = asyncio.Event()
@@ -100,10 +101,10 @@ class Releases:
                 del self._models[name]  # undeployed; a crash says no goodbye
             self._tell()
 
-    async def snapshot(self, have: Mapping[str, Served] | None = None) -> dict[str, Served]:
+    async def snapshot(self, have: Snapshot | None = None) -> Snapshot:
         """Return what gateways need about every model, once it differs from ``have``."""
         until = self._clock() + WATCH_S
-        while (now := self._served()) == have:
+        while (now := self._snapshot()) == have:
             if not await self._wait(until):
                 break
         return now
@@ -215,6 +216,9 @@ class Releases:
             del model.reports[replica], model.seen_s[replica]
         return dict(model.reports)
 
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self._served(), self._clock() - self._born_s > LIVE_S)
+
     def _served(self) -> dict[str, Served]:
         served = {}
         for name, model in self._models.items():
@@ -267,7 +271,9 @@ class Releases:
         if left <= 0:
             return False
         try:
-            await asyncio.wait_for(changed.wait(), left)
+            # not wait_for: in Python 3.11 it may swallow a cancellation
+            async with asyncio.timeout(left):
+                await changed.wait()
         except TimeoutError:
             return False
         return True

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from cluster.errors import RoundhouseError
-from serve_apps.release_policy import WATCH_S, Order, Report, Served
+from serve_apps.release_policy import WATCH_S, Order, Report, Snapshot
 from serve_apps.releases import Releases
 
 NAME = "releases"
@@ -95,10 +94,10 @@ class RemoteReleases:
         """See :meth:`Releases.leave`."""
         await self._call("leave", name, replica)
 
-    async def snapshot(self, have: Mapping[str, Served] | None = None) -> dict[str, Served]:
+    async def snapshot(self, have: Snapshot | None = None) -> Snapshot:
         """See :meth:`Releases.snapshot`."""
-        served: dict[str, Served] = await self._call("snapshot", have)
-        return served
+        snapshot: Snapshot = await self._call("snapshot", have)
+        return snapshot
 
     async def _call(self, method: str, *args: Any) -> Any:
         import ray

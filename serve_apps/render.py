@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ def model_entry(model: ModelConfig, revision: str, runtime_env: Mapping[str, Any
         "name": model_app(model.name),
         "route_prefix": None,
         "import_path": IMPORT_PATH,
-        "runtime_env": dict(runtime_env),
+        "runtime_env": deepcopy(dict(runtime_env)),
         "args": args.model_dump(mode="json"),
     }
 
@@ -54,7 +55,7 @@ def gateway_entry(
         "name": GATEWAY_APP,
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
-        "runtime_env": dict(runtime_env),
+        "runtime_env": deepcopy(dict(runtime_env)),
         "args": BuildArgs(app=GatewayArgs(revision=revision)).model_dump(mode="json"),
         "deployments": [{"name": GATEWAY, "user_config": settings.model_dump(mode="json")}],
     }

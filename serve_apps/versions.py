@@ -111,7 +111,8 @@ class Versions:
         """Raise EngineError when following has stopped: a replica that obeys no order is ill."""
         for task in self._tasks:
             if task.done():
-                raise EngineError(f"the replica follows no orders any more: {task.exception()!r}")
+                why = "cancelled" if task.cancelled() else repr(task.exception())
+                raise EngineError(f"the replica follows no orders any more: {why}")
         if not self._answering:
             self._answering = True
             self._news.set()

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from cluster.errors import RequestError, RoundhouseError
 from serve_apps.calls import Call, Event, Refusal
 from serve_apps.config import REPLICA, model_app
-from serve_apps.release_policy import Served
+from serve_apps.release_policy import Served, Snapshot
 
 AWAY_S = 0.5
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class Snapshots(Protocol):
     """Where to follow releases."""
 
-    async def snapshot(self, have: Mapping[str, Served] | None = None) -> dict[str, Served]:
+    async def snapshot(self, have: Snapshot | None = None) -> Snapshot:
         """Return what is live, once it differs from ``have`` or a bounded time has passed."""
 
 
@@ -29,7 +29,7 @@ class ServeBackend:
 
     def __init__(self, releases: Snapshots) -> None:
         self._releases = releases
-        self._served: dict[str, Served] = {}
+        self._served: Mapping[str, Served] = {}
         self._handles: dict[str, Any] = {}
         self.expected: tuple[str, ...] | None = None
         """Models that must answer before the gateway is ready; ``None``: not told yet."""
@@ -46,10 +46,11 @@ class ServeBackend:
 
     async def follow(self) -> None:
         """Keep up with the Releases actor, for ever."""
-        have: dict[str, Served] | None = None
+        have: Snapshot | None = None
         while True:
             try:
-                have = self._served = await self._releases.snapshot(have)
+                have = await self._releases.snapshot(have)
+                self._served = have.over(self._served)
             except RoundhouseError as error:
                 log.warning("releases: %s", error)
                 await asyncio.sleep(AWAY_S)

@@ -193,7 +193,7 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[Pro
 def _explain(error: ValidationError) -> RequestError:
     problem = error.errors(include_url=False, include_input=False)[0]
     # the tail of a location may be the tag of a union, which no client has written
-    place = [str(part) for part in problem["loc"] if not str(part).startswith(("list[", "str"))]
+    place = [p for p in map(str, problem["loc"]) if p != "str" and not p.startswith("list[")]
     name = ".".join(place)
     if problem["type"] == "missing":
         return RequestError(f"{name!r} is required", 400, "missing_parameter", name)

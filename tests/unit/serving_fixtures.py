@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
+import shutil
 import struct
+import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -155,16 +159,24 @@ class Stack:
         return await self.post(CHAT, messages=[{"role": "user", "content": question}], **body)
 
 
+@cache
+def one_version() -> Library:
+    """Return a library with ``tiny@1``, made once: nobody writes to it."""
+    place = Path(tempfile.mkdtemp(prefix="rh-unit-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    library = Library(place / "library")
+    publish(library, place)
+    return library
+
+
 @asynccontextmanager
 async def stack(
-    tmp_path: Path,
     says: str | Sequence[int] | None = "All aboard!",
     limits: Limits | None = None,
     **fake: Any,
 ) -> AsyncIterator[Stack]:
     """Serve ``tiny@1``; ``says`` is what it answers, then its end-of-turn token."""
-    library = Library(tmp_path / "library")
-    publish(library, tmp_path)
+    library = one_version()
     ids = [*says.encode(), IM_END] if isinstance(says, str) else says
     config = ModelConfig(model="tiny", engine=Fake(kind="fake", **fake), drain_s=1)
     engine = FakeEngine(config.engine, says=ids)  # type: ignore[arg-type]
