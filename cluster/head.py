@@ -56,6 +56,8 @@ def environment(
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
         "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
+        # how old `roundhouse status` and the check before a deploy may be: 5 s by default
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         # less than half the added latency and CPU per streamed token
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
         "RAY_SERVE_PROXY_USE_GRPC": "1",

@@ -71,7 +71,7 @@ def of_home(home_id: str) -> list[Proc]:
     return sorted(procs, key=lambda proc: proc.born)
 
 
-def end(procs: Iterable[Proc], grace_s: float = 5.0, kill_s: float = 5.0) -> list[Proc]:
+def end(procs: Iterable[Proc], grace_s: float = 3.0, kill_s: float = 5.0) -> list[Proc]:
     """Send TERM, wait, send KILL, wait; return those that are still there (none, as a rule)."""
     waiting = list(procs)
     for signal, limit_s in (("terminate", grace_s), ("kill", kill_s)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,24 @@ from cluster.session import Cluster
 GIB = 1 << 30
 
 
+REPORT_TIMEOUT_S = 15.0
+
+
 def nodes(cluster: Cluster) -> list[Node]:
-    """Return the living nodes with what is free on each, at most some five seconds old."""
-    load = _load(cluster)
+    """Return the living nodes with what is free on each, as of a second or two ago.
+
+    A head that has just started reports nothing yet: waits up to ``REPORT_TIMEOUT_S`` for it.
+    """
+    deadline = time.monotonic() + REPORT_TIMEOUT_S
+    while not (load := _load(cluster)).get("usageByNode"):
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"the head has reported no node for {REPORT_TIMEOUT_S:.0f} s; `roundhouse down` "
+                "and `roundhouse up` start it anew"
+            )
+        time.sleep(0.2)
     found = []
-    for name, usage in sorted((load.get("usageByNode") or {}).items()):
+    for name, usage in sorted(load["usageByNode"].items()):
         cpus_used, cpus = usage.get("CPU", (0.0, 0.0))
         gpus_used, gpus = usage.get("GPU", (0.0, 0.0))
         memory_used, memory = usage.get("memory", (0.0, 0.0))
@@ -32,10 +46,6 @@ def nodes(cluster: Cluster) -> list[Node]:
                 memory_bytes=int(memory),
                 memory_free_bytes=int(memory - memory_used),
             )
-        )
-    if not found:
-        raise ClusterError(
-            "the head does not report its nodes yet; wait a few seconds and repeat the command"
         )
     return found
 
