@@ -1,4 +1,4 @@
-"""Strict, frozen configuration: one schema per folder of ``configs/``, errors with file and line."""
+"""Strict, frozen configuration: one schema per folder of `configs/`, errors with file and line."""
 
 from __future__ import annotations
 
