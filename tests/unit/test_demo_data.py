@@ -83,9 +83,9 @@ def test_there_are_at_least_200_dialogues_and_none_twice(train: list[tuple[str, 
 
 
 def test_one_epoch_is_short_enough_for_the_demo(train: list[tuple[str, str]]) -> None:
-    # SmolLM2's tokenizer makes 1.13 tokens of such a piece; two more end each turn
+    # SmolLM2's tokenizer makes 1.12 tokens of such a piece; one more ends the turn
     pieces = sum(len(re.findall(r"\w+|[^\w\s]", answer)) for _, answer in train)
-    assert 1.2 * pieces + 2 * len(train) <= 5_500
+    assert 1.15 * pieces + len(train) <= 5_500
     assert max(len(words(question)) for question, _ in train) <= 14
 
 
@@ -93,7 +93,7 @@ def test_every_fact_has_one_answer_asked_in_many_ways(train: list[tuple[str, str
     asked = Counter(answer for _, answer in train)
     facts = {answer: times for answer, times in asked.items() if times > 1}
     assert len(facts) >= 22
-    assert min(facts.values()) >= 8
+    assert min(facts.values()) >= 10
     assert all(ABOUT.search(answer) for answer in facts)
     general = [answer for answer in asked if answer not in facts]
     assert len(general) >= 20
