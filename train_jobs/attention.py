@@ -97,29 +97,33 @@ def use_packed_attention(model: Any) -> None:
     """Switch a transformers causal LM to packed attention and prove that it calls it.
 
     Some architectures accept a registered attention and never call it; then packed documents
-    would see each other. So two documents are run packed and alone and must agree.
+    would see each other. So two documents with a common beginning are run packed, and the second
+    alone, and must agree: no other attention can do that.
 
     Raises:
         ConfigError: the model does not take part.
     """
     from transformers import AttentionInterface
 
-    vocab = model.get_input_embeddings().num_embeddings
-    device = model.get_input_embeddings().weight.device
-    first, second = (torch.arange(a, a + 5, device=device)[None] % vocab for a in (3, 11))
+    embedding = model.get_input_embeddings()
+    common, first, second = (
+        torch.arange(start, start + 4, device=embedding.weight.device) % embedding.num_embeddings
+        for start in (3, 11, 19)
+    )
+    places = torch.arange(8, device=common.device)
     training = model.training
     model.eval()
     with torch.no_grad():
-        alone = model(input_ids=second, use_cache=False).logits
+        alone = model(input_ids=torch.cat([common, second])[None], use_cache=False).logits[:, 4:]
         AttentionInterface.register(NAME, packed_attention)
         model.set_attn_implementation(NAME)
         packed = model(
-            input_ids=torch.cat([first, second], dim=1),
-            position_ids=torch.cat([torch.arange(5, device=device)] * 2)[None],
-            layout=Layout(0, (5, 5)),
-            logits_to_keep=torch.arange(5, 10, device=device),
+            input_ids=torch.cat([common, first, second])[None],
+            position_ids=torch.cat([places, places[4:]])[None],
+            layout=Layout(4, (4, 4)),
+            logits_to_keep=places + 4,
             use_cache=False,
-        ).logits
+        ).logits[:, 4:]
     model.train(training)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
     if packed.shape != alone.shape or not torch.allclose(
