@@ -297,7 +297,7 @@ class ShardedEngine(Engine):
             while data := await reader.read(1 << 16):
                 self._heard_at = time.monotonic()
                 for message in frames.feed(data):
-                    if message["t"] == "hello":
+                    if message["t"] == "hello" and not hello.done():
                         hello.set_result(message)
                     else:
                         self._handle(message)

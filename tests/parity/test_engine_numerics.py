@@ -50,7 +50,7 @@ def test_smollm2_answers_like_transformers_sc01(smollm2: Path) -> None:
         ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
         ("qwen3", {"head_dim": 16}),
         ("mistral", {"sliding_window": 9}),
-        ("gpt2", {}),
+        ("gpt2", {"num_key_value_heads": 4}),
         (
             "gemma3_text",
             {
@@ -72,7 +72,8 @@ def test_tiny_models_answer_like_transformers_sc01(
 
 
 @pytest.mark.parametrize(
-    ("model_type", "why"), [("bloom", "called"), ("gptj", "called"), ("falcon", "called")]
+    ("model_type", "why"),
+    [("bloom", "takes no position_ids"), ("gptj", "called"), ("falcon", "called")],
 )
 def test_a_model_that_ignores_our_attention_is_refused_by_name(
     model_type: str, why: str, tmp_path: Path
