@@ -1,0 +1,116 @@
+"""``roundhouse train`` on a cluster: one real run of a tiny model, and one that cannot begin."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.library.manifest import Facts
+from cluster.library.store import Library
+from tests.parity.engine_fixtures import save_tiny
+from tests.ray.cluster_fixtures import Rig
+from tests.unit.text_fixtures import write_tokenizer
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+NAME = "train-tiny"
+
+
+@pytest.fixture
+def config(cluster: Rig, tmp_path: Path) -> Path:
+    """A model in the cluster's library, data, and a file that trains one on the other."""
+    library = Library(cluster.home / "library")
+    if not library.versions(NAME):
+        source = save_tiny(tmp_path / "base", vocab_size=400)
+        write_tokenizer(source)
+        library.publish(NAME, source, Facts(licence="apache-2.0", notes=("random",)))
+    for name, count in (("train", 24), ("heldout", 6)):
+        rows = [dialogue(number) for number in range(count)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    path = tmp_path / "tiny-sft.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": f"{NAME}@1",
+                "data": {"train": "train.jsonl", "heldout": "heldout.jsonl", "max_len": 128},
+                "optim": {"lr": 1e-2},
+                "batch": {"total": 4},
+                "run": {"workers": 2, "steps": 8, "save_every": 4, "num_cpus": 0.5},
+            }
+        )
+    )
+    return path
+
+
+def dialogue(number: int) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": f"where is engine {number}"},
+            {"role": "assistant", "content": f"in stall {number % 3}"},
+        ]
+    }
+
+
+def test_train_publishes_the_next_version_with_its_lineage(cluster: Rig, config: Path) -> None:
+    told = cluster.run("train", str(config), timeout_s=180).stdout
+    [run] = (cluster.home / "runs").glob("tiny-sft-*")
+    assert "ray job submit --address http://" in told
+    assert f" --working-dir . -- python -m train_jobs.finetune {config}\n" in told
+    assert "step 8/8  loss " in told
+    assert f"published {NAME}@2" in told
+
+    result = json.loads((run / "result.json").read_text())
+    assert (result["status"], result["published"], result["steps"]) == ("succeeded", f"{NAME}@2", 8)
+    assert result["heldout_loss_after"] < result["heldout_loss_before"]
+    assert result["engine"]["zero_stage"] == 2  # TC-01, from inside the worker
+    assert result["engine"]["world"] == 2
+
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "event" not in record]
+    assert [record["step"] for record in steps] == list(range(1, 9))
+    assert {"loss", "lr", "grad_norm", "tokens_per_s", "trained_tokens", "eta_s"} <= set(steps[0])
+    events = [record["event"] for record in records if "event" in record]
+    assert events == ["ready", "evaluated", "checkpoint", "checkpoint", "evaluated", "published"]
+    assert (run / "checkpoints" / "step-00000008" / "COMPLETE").exists()
+
+    version = Library(cluster.home / "library").verify(f"{NAME}@2")
+    assert version.manifest.base == f"{NAME}@1"
+    lineage = version.manifest.lineage
+    assert lineage is not None
+    assert lineage.run_id == run.name
+    assert set(lineage.data_hashes) == {"train.jsonl", "heldout.jsonl"}
+    assert lineage.code_revision
+    assert version.manifest.licence == "apache-2.0"
+    assert version.manifest.metrics["heldout_loss_after"] == result["heldout_loss_after"]
+
+
+def test_a_bad_row_is_told_before_anything_is_submitted(cluster: Rig, config: Path) -> None:
+    with (config.parent / "train.jsonl").open("a") as file:
+        file.write('{"messages": []}\n')
+    before = sorted((cluster.home / "runs").glob("*"))
+    ran = cluster.run("train", str(config), check=False)
+    assert ran.returncode == 1
+    assert "train.jsonl:25: messages: must be a list of at least one message" in ran.stderr
+    assert sorted((cluster.home / "runs").glob("*")) == before
+
+
+def test_a_job_that_fails_on_the_cluster_says_why(cluster: Rig, config: Path) -> None:
+    """The base is damaged after the checks on this side: the ranks find it."""
+    weights = cluster.home / "library" / "models" / NAME / "versions" / "1" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.chmod(0o600)
+    try:
+        weights.write_bytes(whole[:100])
+        ran = cluster.run("train", str(config), timeout_s=120, check=False)
+    finally:
+        weights.write_bytes(whole)
+    assert ran.returncode == 1
+    assert "error: " in ran.stderr
+    assert re.search(r"rank \d failed: SafetensorError", ran.stderr)
+    run = max((cluster.home / "runs").glob("tiny-sft-*"), key=lambda path: path.stat().st_mtime)
+    assert json.loads((run / "result.json").read_text())["status"] == "failed"
