@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cluster.errors import EngineError, RoundhouseError
-from serve_apps.engine import attention
+from serve_apps.engine import attention, packing
 from serve_apps.engine.interface import Sampling
 from serve_apps.engine.kv_cache import Geometry, KVCache
 from serve_apps.engine.scheduler import Running, Scheduler, Step
@@ -59,8 +59,10 @@ class LoadedModel:
         logits: torch.Tensor = out.logits[0]
         return logits
 
-    def prove(self) -> None:
-        """Run a few tokens both ways; EngineError names the model type and what does not hold.
+    def prepare(self) -> None:
+        """Pack the weights, put our attention in, and prove both on a few tokens.
+
+        EngineError names the model type and what does not hold.
 
         Several architectures accept a foreign attention by name and never call it; others add
         terms of their own to the scores. Both would answer wrongly without a word.
@@ -73,6 +75,8 @@ class LoadedModel:
         row = torch.tensor([ids], device=self.device)
         with torch.inference_mode():
             reference = self._module(input_ids=row, use_cache=False).logits[0].float()
+        if packing.packs(self.device, self.dtype):
+            packing.pack_linears(self._module)
         self._module.set_attn_implementation(attention.NAME)
         ours, called = self._probe_logits(ids)
         if called != list(range(self.geometry.layers)):
@@ -136,5 +140,5 @@ def load_model(directory: str, device: torch.device, dtype: torch.dtype) -> Load
         raise EngineError(f"{directory} cannot be loaded as a causal decoder: {error}") from error
     module.to(device).eval().requires_grad_(False)
     loaded = LoadedModel(module, path)
-    loaded.prove()
+    loaded.prepare()
     return loaded

@@ -16,8 +16,8 @@ from serve_apps.engine.interface import Sampling
 
 GREEDY_BELOW = 1e-5
 """Colder than this is greedy: dividing by it would overflow to infinities."""
-NUCLEUS_GUESS = 256
-"""Top-p looks among this many first; a full sort of the vocabulary is rarely needed."""
+NUCLEUS_GUESSES = (256, 4096)
+"""Top-p looks among this many first; sorting a whole vocabulary costs milliseconds a row."""
 _MASK64 = 2**64 - 1
 
 
@@ -81,11 +81,20 @@ def _keep_top_k(logits: torch.Tensor, top_k: Sequence[int]) -> torch.Tensor:
 
 def _keep_top_p(probs: torch.Tensor, top_p: Sequence[float]) -> torch.Tensor:
     """Keep the fewest most likely tokens whose sum reaches top_p, at least one."""
+    vocab = probs.shape[-1]
+    kept = torch.zeros_like(probs)
+    rows = torch.arange(len(top_p), device=probs.device)
     bound = torch.tensor(top_p, dtype=torch.float32, device=probs.device)[:, None]
-    guess = min(NUCLEUS_GUESS, probs.shape[-1])
-    best, index = torch.topk(probs, guess, dim=-1)
-    if bool((best.sum(dim=-1, keepdim=True) < bound).any()):
-        best, index = torch.sort(probs, dim=-1, descending=True)
-    before = best.cumsum(dim=-1) - best
-    kept = torch.zeros_like(probs).scatter_(1, index, best.masked_fill(before >= bound, 0.0))
+    for guess in (*(n for n in NUCLEUS_GUESSES if n < vocab), vocab):
+        if guess < vocab:
+            best, index = torch.topk(probs[rows], guess, dim=-1)
+        else:
+            best, index = torch.sort(probs[rows], dim=-1, descending=True)
+        enough = best.sum(dim=-1) >= bound[rows, 0] if guess < vocab else rows >= 0
+        before = best.cumsum(dim=-1) - best
+        best = best.masked_fill(before >= bound[rows], 0.0)
+        kept[rows[enough]] = kept[rows[enough]].scatter_(1, index[enough], best[enough])
+        rows = rows[~enough]
+        if not len(rows):
+            break
     return kept / kept.sum(dim=-1, keepdim=True)

@@ -63,7 +63,10 @@ def test_rows_equal_transformers_processors_sc15(rule: Sampling) -> None:
         TopPLogitsWarper,
     )
 
-    logits = torch.randn(5, 3000, generator=_generator()) * 3
+    # rows from peaked to flat: the nucleus is found among few, some, and all of the vocabulary
+    logits = torch.randn(5, 9000, generator=_generator()) * torch.tensor(
+        [[3], [4], [1], [0.1], [3]]
+    )
     wanted = LogitsProcessorList([TemperatureLogitsWarper(rule.temperature)])
     if rule.top_k:
         wanted.append(TopKLogitsWarper(rule.top_k))
