@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import sys
@@ -11,6 +12,9 @@ from typing import Any
 
 from cluster.device import resolve_dtype
 from train_jobs.config import Optim, Run
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt(3), which are no part of any Python module."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,20 @@ def prepare(place: Place, run: Run) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads(place, run))
         if host.startswith("127.") and sys.platform == "linux":
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo asks the name service who we are
-        # Each step allocates and frees the same gigabytes, and the kernel hands out every page
-        # anew: in 4 kB pages that is a fifth of a step, in huge pages next to nothing
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fewer faults
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed instead of giving it back to the kernel.
+
+    Each step allocates and frees the same gigabytes. Given back, every page comes zeroed anew: a
+    third of a step's CPU time on two cores. Elsewhere than on glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def threads(place: Place, run: Run) -> int:
