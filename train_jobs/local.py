@@ -89,12 +89,24 @@ def _log(run: RunDir, rank: int) -> Path:
     return run.path / f"rank-{rank}.log"
 
 
+def die_with_parent() -> None:
+    """Ask the kernel to end this rank when whoever follows the run is gone (Linux)."""
+    import ctypes
+    import signal
+
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        prctl(pr_set_pdeathsig, int(signal.SIGTERM))
+
+
 def main(argv: list[str]) -> int:
     """Be one rank: ``RUN_FOLDER RANK SIZE HOST:PORT``."""
     from cluster.errors import RoundhouseError
     from train_jobs.ports import PlainWorld
     from train_jobs.rank import run_rank
 
+    die_with_parent()
     run, rank, size = RunDir(Path(argv[0])), int(argv[1]), int(argv[2])
     place = Place(rank, size, rank, size, argv[3])
     try:

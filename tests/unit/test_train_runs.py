@@ -4,9 +4,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.errors import JobError
@@ -187,3 +189,22 @@ def test_what_ray_pickles_is_a_reference() -> None:
     from train_jobs.worker import train
 
     assert len(cloudpickle.dumps(train)) < 200
+
+
+def test_a_rank_dies_with_the_command_that_started_it(tmp_path: Path) -> None:
+    rank = "from train_jobs.local import die_with_parent; die_with_parent(); "
+    rank += "print(1, flush=True); import time; time.sleep(60)"
+    starter = (
+        "import subprocess, sys\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {rank!r}], stdout=subprocess.PIPE)\n"
+        "p.stdout.readline(); print(p.pid, flush=True); import time; time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", starter]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the rank outlived its parent"
+        time.sleep(0.05)
