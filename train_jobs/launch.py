@@ -30,6 +30,14 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
+KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
+"""What `group.keep_freed_memory` does, said before the process starts: Ray Train runs a rank's loop
+in a thread, whose own arena of glibc's would go on giving its memory back."""
+
 
 def launch(run: RunDir, config: FinetuneConfig) -> int:
     """Run all ranks on the cluster and wait for them; returns 0.
@@ -68,6 +76,7 @@ def _fit(run: RunDir, config: FinetuneConfig) -> None:
             name=run.id,
             storage_path=str(run.path / "ray"),
             failure_config=FailureConfig(max_failures=0),
+            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},
         ),
     )
     try:
