@@ -201,6 +201,7 @@ class Rank:
         from serve_apps.engine.model import load_model
 
         model = load_model(directory, self._device, self._dtype)
+        _trim()
         spec = self._spec
         length = min(spec.max_model_len, model.context or spec.max_model_len)
         cache = self._cache
@@ -236,6 +237,7 @@ class Rank:
             if self._scheduler and self._scheduler.holds(version):
                 raise EngineError(f"{version} still has requests")
             self._models.pop(version, None)
+        _trim()
         return {}
 
     # Sending, from any thread
@@ -249,6 +251,12 @@ class Rank:
     def _send(self, message: dict[str, Any]) -> None:
         with self._send_lock:
             self._sock.sendall(pack(message))
+
+
+def _trim() -> None:
+    """Give freed weights back to the system: glibc keeps hundreds of MB in the loader's arena."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc alone has it
+        trim(0)
 
 
 def _running(message: dict[str, Any]) -> Running:
