@@ -116,6 +116,8 @@ def undeploy(
         _submit(cluster, desired.applications)
         gone = [change.app for change in desired.changes if change.kind == "remove"]
         _await_gone(cluster, gone, until, timeout_s)
+        if GATEWAY_APP not in gone:  # it must know, too, before anybody is told
+            _await_running(cluster, [GATEWAY_APP], until, timeout_s, lambda _: None)
     return desired.changes
 
 

@@ -81,7 +81,8 @@ class Releases:
         await self.report(name, alias, replica, report)
         until = self._clock() + WATCH_S
         while (order := self._order(name, alias)) == have:
-            if not await self._wait(until):
+            # one that left meanwhile must not be brought back by its last question
+            if not await self._wait(until) or name not in self._models:
                 break
         return order
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from cluster.errors import RequestError, RoundhouseError
 from serve_apps.calls import Call, Event, Refusal
 from serve_apps.config import REPLICA, model_app
-from serve_apps.release_policy import Served, Snapshot
+from serve_apps.release_policy import Served, Snapshot, resolve
 
 AWAY_S = 0.5
 
@@ -35,8 +35,13 @@ class ServeBackend:
         """Models that must answer before the gateway is ready; ``None``: not told yet."""
 
     def served(self) -> Mapping[str, Served]:
-        """Return what the Releases actor said last; its absence changes nothing."""
-        return self._served
+        """Return what the Releases actor said last; its absence changes nothing.
+
+        Less what was undeployed: a replica that was ended hard is missed there seconds later.
+        """
+        if self.expected is None:
+            return self._served
+        return {name: one for name, one in self._served.items() if name in self.expected}
 
     def ready(self) -> bool:
         """Say whether every expected model has a replica that answers."""
@@ -69,6 +74,7 @@ class ServeBackend:
                 f"too many requests wait for {name}; try again", 429, "engine_full", None, 2
             ) from None
         except DeploymentUnavailableError:
+            resolve(name, self.served())  # undeployed while this waited: 404, not 503
             raise RequestError(
                 f"{name} failed to start; `roundhouse status` says why",
                 503,
