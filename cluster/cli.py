@@ -189,7 +189,7 @@ def main() -> None:
         plug_in(app)
         app(prog_name="roundhouse")
     except RoundhouseError as error:
-        console.error(str(error))
+        console.failure(type(error).__name__, str(error))
         sys.exit(1)
     except KeyboardInterrupt:
         status = 130

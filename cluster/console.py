@@ -1,4 +1,8 @@
-"""What the command line prints: rich in a terminal, plain lines without one, JSON on request."""
+"""What the command line prints: rich in a terminal, plain lines without one, JSON on request.
+
+With ``--json`` standard output holds one JSON object and nothing else: what a verb tells on its
+way goes to standard error, and its answer, or its error, is the object.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,41 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+_json = False
+
+
+def use_json(as_json: bool) -> None:
+    """Say whether this run of a verb answers in JSON; every verb calls it first."""
+    global _json
+    _json = as_json
+
+
+def is_json() -> bool:
+    """Say whether the answer is one JSON object."""
+    return _json
+
 
 def is_plain() -> bool:
     """Say whether output goes to something other than a terminal that knows colours."""
-    return not sys.stdout.isatty() or os.environ.get("TERM") == "dumb" or "NO_COLOR" in os.environ
+    told = sys.stderr if _json else sys.stdout
+    return not told.isatty() or os.environ.get("TERM") == "dumb" or "NO_COLOR" in os.environ
 
 
 def out(text: str = "") -> None:
-    """Print one text to standard output, as it is: nothing in it is taken for markup."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """Print one text as it is, nothing in it taken for markup: the answer for people.
+
+    It goes to standard output; in JSON mode to standard error, where it tells what happens.
+    """
+    told = sys.stderr if _json else sys.stdout
+    told.write(text + "\n")
+    told.flush()
+
+
+def result(value: Any) -> None:
+    """Print the answer as one JSON object, paths and the like as text; nothing without --json."""
+    if _json:
+        sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+        sys.stdout.flush()
 
 
 def note(text: str) -> None:
@@ -54,12 +83,21 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         drawn.add_column(name)
     for row in cells:
         drawn.add_row(*(Text(cell) for cell in row))
-    Console().print(drawn)
+    Console(stderr=_json).print(drawn)
 
 
 def emit_json(value: Any) -> None:
     """Print one JSON document; paths and other objects as their text."""
-    out(json.dumps(value, indent=2, default=str))
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def failure(kind: str, message: str) -> None:
+    """Tell why a verb failed: a line on standard error, or with ``--json`` one JSON object."""
+    if _json:
+        result({"error": {"type": kind, "message": message}})
+    else:
+        error(message)
 
 
 def _cell(value: Any) -> str:
