@@ -41,6 +41,8 @@ class ServedReplica:
     async def __init__(self, config: dict[str, Any], revision: str) -> None:  # type: ignore[misc]
         """Start the engine and load the version that answers; Serve awaits constructors."""
         from cluster.library.store import Library
+        from cluster.meter import RayMeter
+        from cluster.metrics import REPLICA as METRICS
         from serve_apps.engine.open import open_engine
         from serve_apps.releases_actor import RemoteReleases
         from serve_apps.replica import Replica
@@ -48,7 +50,8 @@ class ServedReplica:
         model = ModelConfig.model_validate(config)
         who = serve.get_replica_context().replica_id.unique_id
         board = RemoteReleases(revision)
-        self._replica = Replica(model, open_engine(model.engine), Library(), board, who)
+        engine, meter = open_engine(model.engine), RayMeter(METRICS)
+        self._replica = Replica(model, engine, Library(), board, who, meter)
         try:
             await self._replica.start()
         except BaseException:
@@ -81,21 +84,26 @@ class ServedGateway:
         """Make sure that the Releases actor runs this code, and follow it."""
         from cluster.home import keys_dir
         from cluster.keys import KeyStore
+        from cluster.meter import RayMeter
+        from cluster.metrics import GATEWAY as METRICS
         from serve_apps.gateway.app import Gateway
+        from serve_apps.gateway.metering import HttpMeter
+        from serve_apps.gateway.samples import Samples, node_export
         from serve_apps.gateway.serve_backend import ServeBackend
         from serve_apps.releases_actor import RemoteReleases, renew_releases
 
         await renew_releases(revision)
         self._keys = KeyStore(keys_dir())
         self._backend = ServeBackend(RemoteReleases(revision))
-        self._gateway = Gateway(self._backend, Limits())
+        self._gateway = Gateway(self._backend, Limits(), samples=Samples(node_export))
+        self._meter = HttpMeter(RayMeter(METRICS))
         self._following = asyncio.create_task(self._backend.follow())
 
     def __serve_build_asgi_app__(self) -> Any:
         from serve_apps.gateway.app import make_app
 
         # Serve's proxy adds the request id's header itself
-        return make_app(self._backend, self._keys, self._gateway, tag=False)
+        return make_app(self._backend, self._keys, self._gateway, tag=False, meter=self._meter)
 
     def reconfigure(self, settings: dict[str, Any]) -> None:
         """Take new limits and models; what runs keeps those it began with."""
@@ -144,7 +152,7 @@ def _model(args: ModelArgs) -> serve.Application:
         name=REPLICA,
         num_replicas=model.replicas,
         ray_actor_options={"num_cpus": FRONT_CPUS},
-        **({"placement_group_bundles": bundles} if len(bundles) > 1 else {}),
+        **(_together(bundles) if len(bundles) > 1 else {}),
         max_ongoing_requests=taken,
         max_queued_requests=taken,
         health_check_period_s=HEALTH_PERIOD_S,
@@ -152,3 +160,8 @@ def _model(args: ModelArgs) -> serve.Application:
         graceful_shutdown_timeout_s=model.drain_s + 5.0,
     )
     return deployment.bind(model.model_dump(mode="json"), args.revision)
+
+
+def _together(bundles: list[dict[str, float]]) -> dict[str, Any]:
+    """Return what keeps a replica's ranks on its node: they talk over a local socket."""
+    return {"placement_group_bundles": bundles, "placement_group_strategy": "STRICT_PACK"}

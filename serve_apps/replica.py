@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 
 from cluster.errors import EngineError, RequestError
 from cluster.library.store import Library
+from cluster.meter import Meter
 from cluster.text.chat import ChatText
 from serve_apps.answers import Prepared, answer, merge, prepare
 from serve_apps.calls import Call, Event, Refusal
 from serve_apps.config import ModelConfig
 from serve_apps.engine.interface import Engine, EngineInfo, Stream
+from serve_apps.metering import ReplicaMeter
 from serve_apps.versions import Board, Versions
 
 HEALTH_S = 8.0
@@ -37,9 +39,15 @@ class Replica:
         library: Library,
         board: Board | None = None,
         replica_id: str = "replica",
+        meter: Meter | None = None,
     ) -> None:
-        """``board`` gives orders about versions; without one the library's alias decides once."""
+        """``board`` gives orders about versions; without one the library's alias decides once.
+
+        ``meter`` takes the replica's numbers; without one nothing is counted.
+        """
         self._config, self._engine = config, engine
+        self._meter = ReplicaMeter(meter, config.name, config.engine.kind) if meter else None
+        self._measuring: asyncio.Task[None] | None = None
         self._versions = Versions(config, engine, library, board, replica_id)
         self._healthy = True
 
@@ -47,6 +55,8 @@ class Replica:
         """Start the engine and load the version that answers. Raises what that raises."""
         await self._engine.start()
         await self._versions.start()
+        if self._meter:
+            self._measuring = asyncio.create_task(self._meter.run(self._engine.stats))
         return self._engine.info
 
     async def generate(self, call: Call) -> AsyncGenerator[Event | Refusal, None]:
@@ -54,21 +64,29 @@ class Replica:
 
         A failure is the last thing in the stream, as a Refusal: nothing is raised.
         """
-        try:
-            async with aclosing(self._events(call)) as events:
-                async for event in events:
-                    yield event
-        except RequestError as error:
-            yield Refusal.of(error)
-        except EngineError as error:
-            log.error("request %s: %s", call.request_id, error)
-            yield Refusal(
-                "the model's engine failed while it held this request; it is being rebuilt, try "
-                "again in some seconds",
-                502,
-                "engine_failed",
-                retry_after_s=5,
-            )
+        with self._meter.call(call.answers) if self._meter else nullcontext() as watch:
+            try:
+                async with aclosing(self._events(call)) as events:
+                    async for event in events:
+                        if watch:
+                            watch.saw(event)
+                        yield event
+            except (RequestError, EngineError) as error:
+                if watch:
+                    watch.failed(error)
+                yield self._refusal(call, error)
+
+    def _refusal(self, call: Call, error: RequestError | EngineError) -> Refusal:
+        if isinstance(error, RequestError):
+            return Refusal.of(error)
+        log.error("request %s: %s", call.request_id, error)
+        return Refusal(
+            "the model's engine failed while it held this request; it is being rebuilt, try "
+            "again in some seconds",
+            502,
+            "engine_failed",
+            retry_after_s=5,
+        )
 
     async def check_health(self) -> None:
         """Raise EngineError when the engine cannot produce a token within ``HEALTH_S``."""
@@ -88,6 +106,10 @@ class Replica:
         """Tell the others, finish what runs within ``drain_s``, end the engine's processes."""
         await self._versions.stop()
         await self._engine.stop(self._config.drain_s)
+        if self._measuring and self._meter:
+            self._measuring.cancel()
+            await asyncio.gather(self._measuring, return_exceptions=True)
+            self._meter.tally.flush()
 
     async def _events(self, call: Call) -> AsyncGenerator[Event, None]:
         version, text, prompts = await self._admit(call)

@@ -61,6 +61,14 @@ class RayWorld(PlainWorld):
     place in a step.
     """
 
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Append to ``metrics.jsonl``, and show it in Prometheus."""
+        super().report(metrics)
+        if self.rank == 0:
+            from train_jobs.telemetry import telemetry
+
+            telemetry(self.run).report(metrics)
+
     def saved(self, checkpoint: Path, metrics: Mapping[str, Any]) -> None:
         """Append an event and report the step to Ray Train."""
         import ray.train

@@ -20,12 +20,11 @@ from serve_apps.gateway import errors, wire
 from serve_apps.gateway.backend import Backend, events
 from serve_apps.gateway.body import ClientGone, read_object
 from serve_apps.gateway.front import Front, Keys
+from serve_apps.gateway.metering import GONE, HttpMeter
 from serve_apps.gateway.replies import Reply, frame
+from serve_apps.gateway.samples import CONTENT_TYPE, Samples
 from serve_apps.gateway.stream import EventStream, unless_gone
 from serve_apps.release_policy import Served, resolve, served_id
-
-GONE = 499
-"""What logs say of a client that left; it never arrives anywhere."""
 
 
 class Gateway:
@@ -37,8 +36,10 @@ class Gateway:
         limits: Limits,
         clock: Callable[[], float] = time.time,
         new_id: Callable[[], str] = lambda: secrets.token_hex(12),
+        samples: Samples | None = None,
     ) -> None:
-        self._backend, self.limits = backend, limits
+        """Without ``samples`` nothing answers under ``/metrics``."""
+        self._backend, self.limits, self._samples = backend, limits, samples
         self._clock, self._new_id = clock, new_id
 
     async def healthz(self) -> Response:
@@ -50,6 +51,12 @@ class Gateway:
         if self._backend.ready():
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "starting"}, 503, headers={"retry-after": "2"})
+
+    async def metrics(self) -> Response:
+        """Give this node's samples of ours, as Prometheus reads them."""
+        if self._samples is None:
+            raise RequestError("nothing is measured here", 404, "not_found")
+        return Response(await self._samples.text(), headers={"content-type": CONTENT_TYPE})
 
     async def models(self) -> Response:
         """List the models that answer now."""
@@ -98,7 +105,7 @@ class Gateway:
             return JSONResponse(reply.document(), headers=_headers(reply.version))
         # Until the first token there is a status code to tell a failure with; so wait for it.
         first = await unless_gone(request.receive, _first(stream))
-        frames = _frames(first, stream, reply, request.state.request_id)
+        frames = _frames(first, stream, reply, request)
         return EventStream(frames, _headers(first.version))
 
 
@@ -117,20 +124,26 @@ async def _first(stream: AsyncGenerator[Event, None]) -> Event:
 
 
 async def _frames(
-    first: Event, stream: AsyncGenerator[Event, None], reply: Reply, request_id: str
+    first: Event, stream: AsyncGenerator[Event, None], reply: Reply, request: Request
 ) -> AsyncGenerator[bytes, None]:
-    async with aclosing(stream):
-        for part in reply.frames(first):
-            yield part
-        try:
-            async for event in stream:
-                for part in reply.frames(event):
-                    yield part
-        except RequestError as error:
-            yield frame(errors.body(error, request_id))
-            return
-        for part in reply.last_frames():
-            yield part
+    outcome = GONE
+    try:
+        async with aclosing(stream):
+            for part in reply.frames(first):
+                yield part
+            try:
+                async for event in stream:
+                    for part in reply.frames(event):
+                        yield part
+            except RequestError as error:
+                outcome = error.status
+                yield frame(errors.body(error, request.state.request_id))
+                return
+            for part in reply.last_frames():
+                yield part
+            outcome = 200
+    finally:
+        request.state.outcome = outcome  # the status line was sent before anybody knew
 
 
 def _headers(version: str) -> dict[str, str]:
@@ -153,24 +166,26 @@ def make_app(
     keys: Keys,
     limits: Limits | Gateway,
     tag: bool = True,
+    meter: HttpMeter | None = None,
 ) -> FastAPI:
     """Return the ASGI app over ``backend``; every path but the two health paths needs a key.
 
     ``limits`` may be a Gateway of one's own, whose limits change while it runs. ``tag=False``
-    leaves the ``x-request-id`` header to a proxy that sets it anyway.
+    leaves the ``x-request-id`` header to a proxy that sets it anyway. ``meter`` counts requests.
     """
     gateway = limits if isinstance(limits, Gateway) else Gateway(backend, limits)
     # no docs: an unauthenticated description of the service is nobody's need
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_api_route("/healthz", gateway.healthz, methods=["GET"], response_model=None)
     app.add_api_route("/readyz", gateway.readyz, methods=["GET"], response_model=None)
+    app.add_api_route("/metrics", gateway.metrics, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models", gateway.models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models/{model}", gateway.model, methods=["GET"], response_model=None)
     app.add_api_route("/v1/chat/completions", gateway.chat, methods=["POST"], response_model=None)
     app.add_api_route("/v1/completions", gateway.completions, methods=["POST"], response_model=None)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientGone, _client_gone)
-    app.add_middleware(Front, keys=keys, tag=tag)
+    app.add_middleware(Front, keys=keys, tag=tag, meter=meter)
     return app
 
 

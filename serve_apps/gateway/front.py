@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+import time
 from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import RequestError
 from serve_apps.gateway import errors
+from serve_apps.gateway.metering import GONE, HttpMeter
 
 PUBLIC = frozenset({"/healthz", "/readyz"})
 MAX_KEY_CHARS = 512
@@ -31,10 +33,15 @@ class Keys(Protocol):
 
 
 class Front:
-    """ASGI middleware: see the module. ``tag`` adds the id as a header, unless a proxy does."""
+    """ASGI middleware: see the module. ``tag`` adds the id as a header, unless a proxy does.
 
-    def __init__(self, app: ASGIApp, keys: Keys, tag: bool = True) -> None:
-        self._app, self._keys, self._tag = app, keys, tag
+    ``meter`` is told every request once it is over.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: Keys, tag: bool = True, meter: HttpMeter | None = None
+    ) -> None:
+        self._app, self._keys, self._tag, self._meter = app, keys, tag, meter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -42,14 +49,26 @@ class Front:
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
-        request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
-        started = False
+        state, began = scope.setdefault("state", {}), time.monotonic()
+        state["request_id"] = _request_id(scope)
+        state["outcome"] = GONE  # until an answer begins; a stream that breaks corrects it
+        try:
+            await self._handle(scope, receive, send, state)
+        finally:
+            if self._meter:
+                self._meter.done(scope["path"], state["outcome"], time.monotonic() - began)
+        return None
+
+    async def _handle(
+        self, scope: Scope, receive: Receive, send: Send, state: dict[str, Any]
+    ) -> None:
+        request_id, started = state["request_id"], False
 
         async def tagged(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                state["outcome"] = message["status"]
                 if self._tag:
                     named = (b"x-request-id", request_id.encode())
                     message = {**message, "headers": [*message.get("headers", ()), named]}
@@ -65,10 +84,9 @@ class Front:
             log.exception("request %s: %s", request_id, type(error).__name__)
             failure = errors.internal()
         else:
-            return None
+            return
         if not started:
             await _refuse(failure, request_id, tagged)
-        return None
 
     def _admit(self, scope: Scope) -> None:
         """Raise RequestError (401) unless exactly one good key came along.

@@ -251,14 +251,14 @@ async def test_health_is_public_and_readiness_follows_the_models(gate: Stack) ->
 PATHS = [
     *("/", "//", "/v1", "/v1/models/", "/V1/models", "/v1//models", "/healthz/", "//healthz"),
     *("/v1/../healthz", "/healthz/../v1/models", "/HEALTHZ", "/docs", "/redoc", "/openapi.json"),
-    *("/healthz%2f", "/healthz\x00", "/-/routes", "/metrics"),
+    *("/healthz%2f", "/healthz\x00", "/-/routes", "/metrics/"),
 ]
 
 
 async def test_T10_no_route_answers_without_a_key(gate: Stack) -> None:
     routes = [route.path for route in gate.app.routes]  # type: ignore[attr-defined]
     assert sorted(routes) == [
-        *("/healthz", "/readyz", "/v1/chat/completions", "/v1/completions"),
+        *("/healthz", "/metrics", "/readyz", "/v1/chat/completions", "/v1/completions"),
         *("/v1/models", "/v1/models/{model}"),
     ]
     closed = [path for path in routes if path not in {"/healthz", "/readyz"}]

@@ -1,0 +1,43 @@
+"""What the gateway counts: requests by route and outcome, from closed sets only."""
+
+from __future__ import annotations
+
+from cluster import metrics
+from cluster.meter import Meter
+
+GONE = 499
+"""What stands for a client that left; it never arrives anywhere."""
+GENERATE = ("/v1/chat/completions", "/v1/completions")
+EXACT = frozenset({"/healthz", "/readyz", "/metrics", "/v1/models", *GENERATE})
+MODEL = "/v1/models/{model}"
+
+
+def route_label(path: str) -> str:
+    """Return the route that a path belongs to: what clients make up folds into ``other``."""
+    if path in EXACT:
+        return path
+    name = path.removeprefix("/v1/models/")
+    return MODEL if name != path and name and "/" not in name else metrics.OTHER
+
+
+def code_label(status: int) -> str:
+    """Return the class of a status code."""
+    if status == GONE:
+        return "gone"
+    label = f"{status // 100}xx"
+    return label if label in metrics.CODES else "5xx"
+
+
+class HttpMeter:
+    """Counts each request once, when it is over."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    def done(self, path: str, status: int, seconds: float) -> None:
+        """Count one request."""
+        route = route_label(path)
+        self._meter.add(metrics.HTTP.count, 1, route=route, code=code_label(status))
+        self._meter.add(metrics.HTTP.seconds, max(seconds, 1e-9), route=route)
+        if route in GENERATE:
+            self._meter.observe(metrics.HTTP.spread, seconds, route=route)

@@ -1,0 +1,149 @@
+"""What a replica counts: from its own stream of events, and from the engine's gauges."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+from cluster import metrics
+from cluster.errors import RequestError, RoundhouseError
+from cluster.meter import Meter, Tally
+from cluster.metrics import version_label
+from serve_apps.calls import Event
+from serve_apps.engine.interface import EngineStats
+
+PERIOD_S = 2.0
+"""Between two looks at the engine's gauges; counters are passed on as often."""
+BUSY = frozenset({429, 503})
+
+log = logging.getLogger(__name__)
+
+
+class ReplicaMeter:
+    """The numbers of one replica. A token costs an addition; a chunk one histogram sample."""
+
+    def __init__(
+        self,
+        meter: Meter,
+        model_name: str,
+        engine: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``engine`` is the kind of engine, as the configuration names it."""
+        self.meter, self.clock = meter, clock
+        self.tally = Tally(meter)
+        self._model, self._engine = model_name, engine
+        self._active: str | None = None
+        self._shown: set[str] = set()
+        self._looked: float | None = None
+
+    def labels(self, version: str | None) -> dict[str, str]:
+        """Return the labels of a version, by default the one that answers."""
+        return {
+            "model_name": self._model,
+            "model_version": version_label(version or self._active),
+            "engine": self._engine,
+        }
+
+    @contextmanager
+    def call(self, answers: int) -> Iterator[CallMeter]:
+        """Follow one call of so many answers; whatever ends it is counted."""
+        watch = CallMeter(self, answers)
+        try:
+            yield watch
+        except (GeneratorExit, asyncio.CancelledError):
+            watch.end("cancelled")
+            raise
+        except BaseException:
+            watch.end("error")
+            raise
+        watch.end("error")
+
+    def look(self, stats: EngineStats) -> None:
+        """Show the gauges of this moment, and pass the counters on."""
+        now = self.clock()
+        self._active = stats.active
+        labels = self.labels(stats.active)
+        used, total = stats.cache_tokens_used, stats.cache_tokens_total
+        for version in self._shown - {labels["model_version"]}:
+            self._show(0, 0, 0.0, 0, {**labels, "model_version": version})
+        self._show(stats.running, stats.waiting, used / total if total else 0.0, 1, labels)
+        self._shown.add(labels["model_version"])
+        if self._looked is not None:
+            waited = stats.waiting * (now - self._looked)
+            self.tally.add(metrics.QUEUE_SECONDS, waited, **labels)
+        self._looked = now
+        self.tally.flush()
+
+    async def run(self, stats: Callable[[], Awaitable[EngineStats]]) -> None:
+        """Look every ``PERIOD_S``, until cancelled. An engine that does not answer is no news."""
+        while True:
+            try:
+                self.look(await stats())
+            except RoundhouseError as error:  # the health check tells it, and acts
+                log.debug("no gauges: %s", error)
+                self.tally.flush()
+            await asyncio.sleep(PERIOD_S)
+
+    def _show(
+        self, running: int, waiting: int, usage: float, active: int, labels: dict[str, str]
+    ) -> None:
+        self.meter.set(metrics.RUNNING, running, **labels)
+        self.meter.set(metrics.WAITING, waiting, **labels)
+        self.meter.set(metrics.CACHE_USAGE, usage, **labels)
+        self.meter.set(metrics.VERSION_ACTIVE, active, **labels)
+
+
+class CallMeter:
+    """One call: times its answers, counts how each of them ended."""
+
+    def __init__(self, owner: ReplicaMeter, answers: int) -> None:
+        self._owner, self._open = owner, answers
+        self._began = owner.clock()
+        self._last: dict[int, tuple[float, int]] = {}
+        self._version: str | None = None
+        self._reason: str | None = None
+
+    def saw(self, event: Event) -> None:
+        """Count an event on its way out."""
+        owner, now = self._owner, self._owner.clock()
+        self._version = event.version
+        labels, add = owner.labels(event.version), owner.tally.add
+        if last := self._last.get(event.index):
+            then, before = last
+            if fresh := event.completion_tokens - before:
+                owner.meter.observe(metrics.INTER_TOKEN.spread, (now - then) / fresh, **labels)
+                add(metrics.INTER_TOKEN.seconds, now - then, **labels)
+                add(metrics.INTER_TOKEN.count, fresh, **labels)
+        else:
+            fresh, waited = event.completion_tokens, now - self._began
+            owner.meter.observe(metrics.TIME_TO_FIRST_TOKEN.spread, waited, **labels)
+            add(metrics.TIME_TO_FIRST_TOKEN.seconds, waited, **labels)
+            add(metrics.TIME_TO_FIRST_TOKEN.count, 1, **labels)
+            add(metrics.PROMPT_TOKENS, event.prompt_tokens, **labels)
+        add(metrics.GENERATION_TOKENS, fresh, **labels)
+        if fresh or last is None:
+            self._last[event.index] = now, event.completion_tokens
+        if event.finish:
+            self._open -= 1
+            whole = now - self._began
+            owner.meter.observe(metrics.E2E.spread, whole, **labels)
+            add(metrics.E2E.seconds, whole, **labels)
+            add(metrics.REQUEST_SUCCESS, 1, **labels, finished_reason=event.finish)
+
+    def failed(self, error: RoundhouseError) -> None:
+        """Say what the call's open answers end with."""
+        if not isinstance(error, RequestError):
+            self._reason = "engine"
+        else:
+            self._reason = "busy" if error.status in BUSY else "refused"
+
+    def end(self, otherwise: str) -> None:
+        """Count the answers that have not ended, by the reason told before, or this one."""
+        if self._open > 0:
+            labels = self._owner.labels(self._version)
+            reason = self._reason or otherwise
+            self._owner.tally.add(metrics.REQUEST_FAILURE, self._open, **labels, reason=reason)

@@ -1,0 +1,57 @@
+"""What rank 0 of a run shows in Prometheus while it trains: the records of ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from cluster import metrics
+from cluster.library.ref import Ref
+from cluster.meter import Meter, RayMeter
+from train_jobs.runs import RunDir
+
+ENGINE = "deepspeed"
+
+
+class Telemetry:
+    """Turns each record of a run into gauges and counters; costs nothing but at a step's end."""
+
+    def __init__(self, meter: Meter, model: str, now: Callable[[], float] = time.time) -> None:
+        """``model`` is the reference of the base that the run trains."""
+        ref = Ref.parse(model)
+        version = metrics.NONE if ref.version is None else str(ref.version)
+        self._meter, self._now = meter, now
+        self._labels = {"model_name": ref.name, "model_version": version, "engine": ENGINE}
+
+    def report(self, record: Mapping[str, Any]) -> None:
+        """Show one record: a step, or an event. Unknown keys are left alone."""
+        event = record.get("event")
+        if event == "checkpoint":
+            self._meter.set(metrics.TRAIN_CHECKPOINT_TIME, self._now(), **self._labels)
+        elif event == "evaluated":
+            self._set(metrics.TRAIN_HELDOUT_LOSS, record.get("loss"))
+        elif event is None and "step" in record:
+            self._step(record)
+
+    def _step(self, record: Mapping[str, Any]) -> None:
+        for key, gauge in metrics.TRAIN_GAUGES.items():
+            self._set(gauge, record.get(key))
+        for key, counter in metrics.TRAIN_COUNTERS.items():
+            if (value := record.get(key) or 0) > 0:
+                self._meter.add(counter, float(value), **self._labels)
+        self._meter.add(metrics.TRAIN_STEPS, 1, **self._labels)
+
+    def _set(self, gauge: metrics.Metric, value: Any) -> None:
+        if value is not None:
+            self._meter.set(gauge, float(value), **self._labels)
+
+
+@cache
+def telemetry(run: RunDir) -> Telemetry:
+    """Return the telemetry of a run in this process of Ray's, made at the first call."""
+    from cluster.config import load
+    from train_jobs.config import FinetuneConfig
+
+    return Telemetry(RayMeter(metrics.TRAINING), load(run.config, FinetuneConfig).model)
