@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from cluster import console
-from cluster.errors import ConfigError, RoundhouseError
+from cluster.config_cli import config_app
+from cluster.errors import RoundhouseError
+from cluster.options import AsJson, DryRun
 
 if TYPE_CHECKING:
     from cluster.keys import KeyStore
 
 GROUP = "roundhouse.commands"
-# Names, so that listing them loads none; resolved when asked for, on this side of no import.
-SCHEMAS = {"serve": "serve_apps.config:ServeConfig", "train": "train_jobs.config:FinetuneConfig"}
 
 app = typer.Typer(
     name="roundhouse",
     help="Fine-tune and serve language models on one Ray cluster.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 keys_app = typer.Typer(help="API keys of the endpoint.", no_args_is_help=True)
-config_app = typer.Typer(help="What a configuration file may say.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(config_app, name="config")
-
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")]
 
 
 def _version(wanted: bool) -> None:
@@ -60,103 +58,151 @@ def up(
         ),
     ] = None,
     dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Start the one-machine cluster, or say that it runs."""
+    console.use_json(as_json)
     from cluster import local
 
     if dry_run:
-        local.rehearse(port or [], console.out)
+        _rehearsed(lambda say: local.rehearse(port or [], say))
         return
     cluster = local.up(port or [], console.out)
+    key = cluster.home / "keys" / "demo.key"
     console.out(f"Ray dashboard   {cluster.dashboard}  (log in with the token in the file")
     console.out(f"                {cluster.token_file})")
     console.out(f"endpoint        {cluster.serve_url}/v1")
-    console.out(f"API key         {cluster.home / 'keys' / 'demo.key'}  (a file)")
+    console.out(f"API key         {key}  (a file)")
     console.out("stop            roundhouse down")
+    console.result(
+        {
+            "dashboard": cluster.dashboard,
+            "token_file": cluster.token_file,
+            "endpoint": f"{cluster.serve_url}/v1",
+            "key_file": key,
+            "home": cluster.home,
+            "ports": dict(cluster.ports),
+        }
+    )
 
 
 @app.command()
-def down(dry_run: DryRun = False) -> None:
+def down(dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """End what `up` started; library, runs and keys stay."""
+    console.use_json(as_json)
     from cluster import local
 
     if dry_run:
-        local.rehearse_down(console.out)
+        _rehearsed(local.rehearse_down)
     else:
-        local.down(console.out)
+        console.result({"ended": local.down(console.out)})
 
 
 @app.command()
 def status(as_json: AsJson = False) -> None:
     """Show nodes, memory, applications, jobs and models."""
+    console.use_json(as_json)
     from cluster import status as report
     from cluster.session import current
 
     value = report.collect(current())
-    if as_json:
-        console.emit_json(value)
-    else:
+    if not as_json:
         report.show(value)
+    console.result(value)
 
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Check what the product needs here, and say how to fix what is missing."""
+    console.use_json(as_json)
     from dataclasses import asdict
 
     from cluster import doctor as report
 
     checks = report.examine()
-    if as_json:
-        console.emit_json([asdict(check) for check in checks])
-    else:
+    failed = any(check.state == "fail" for check in checks)
+    if not as_json:
         report.show(checks)
-    if any(check.state == "fail" for check in checks):
+    console.result({"ok": not failed, "checks": [asdict(check) for check in checks]})
+    if failed:
         raise typer.Exit(1)
 
 
 @keys_app.command("add")
-def keys_add(name: str, as_json: AsJson = False) -> None:
+def keys_add(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")],
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
     """Make an API key and show it, this once."""
-    plaintext = _keys().add(name)
-    if as_json:
-        console.emit_json({"name": name, "key": plaintext})
-    else:
+    console.use_json(as_json)
+    from cluster.keys import check_name
+
+    store = _keys()
+    if dry_run:
+        check_name(name)
+        console.out(f"would add a key called {name} to {store.path}")
+        console.result({"dry_run": True, "name": name, "file": store.path})
+        return
+    plaintext = store.add(name)
+    if not as_json:
         console.out(plaintext)
-        console.note("keep it: only its hash is stored")
+    console.note("keep it: only its hash is stored")
+    console.result({"name": name, "key": plaintext})
 
 
 @keys_app.command("list")
 def keys_list(as_json: AsJson = False) -> None:
     """List the keys: id, name, last four characters, when made."""
+    console.use_json(as_json)
     held = _keys().list()
-    if as_json:
-        console.emit_json(
-            [{"id": k.id, "name": k.name, "last4": k.last4, "created": k.created} for k in held]
-        )
-        return
-    rows = [(k.id, k.name, f"...{k.last4}", k.created) for k in held]
-    console.table("API keys", ("id", "name", "ends in", "created"), rows)
+    if not as_json:
+        rows = [(k.id, k.name, f"...{k.last4}", k.created) for k in held]
+        console.table("API keys", ("id", "name", "ends in", "created"), rows)
+    console.result(
+        {
+            "keys": [
+                {"id": k.id, "name": k.name, "last4": k.last4, "created": k.created} for k in held
+            ]
+        }
+    )
+
+
+def _complete_key(incomplete: str) -> list[tuple[str, str]]:
+    return [(key.id, key.name) for key in _keys().list() if key.id.startswith(incomplete)]
 
 
 @keys_app.command("revoke")
-def keys_revoke(key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+def keys_revoke(
+    key_id: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID",
+            help="As `keys list` shows it, or a name that one key has.",
+            autocompletion=_complete_key,
+        ),
+    ],
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
     """Remove a key; the next request with it is refused."""
-    key = _keys().revoke(key_id)
-    console.out(f"revoked {key.id} ({key.name})")
+    console.use_json(as_json)
+    store = _keys()
+    key = store.find(key_id) if dry_run else store.revoke(key_id)
+    console.out(f"{'would revoke' if dry_run else 'revoked'} {key.id} ({key.name})")
+    console.result({"dry_run": dry_run, "id": key.id, "name": key.name})
 
 
-@config_app.command("schema")
-def config_schema(kind: Annotated[str, typer.Argument(help=", ".join(SCHEMAS))]) -> None:
-    """Print the JSON schema of one folder of configs/, for editors."""
-    from importlib import import_module
+def _rehearsed(rehearse: Callable[[Callable[[str], None]], None]) -> None:
+    """Print the lines of a rehearsal, and as JSON their list."""
+    plan: list[str] = []
 
-    from cluster.config import schema_json
+    def say(line: str) -> None:
+        console.out(line)
+        plan.append(line)
 
-    if kind not in SCHEMAS:
-        raise ConfigError(f"no schema {kind!r:.40}; there are: {', '.join(SCHEMAS)}")
-    module, _, name = SCHEMAS[kind].partition(":")
-    console.out(schema_json(getattr(import_module(module), name)).rstrip())
+    rehearse(say)
+    console.result({"dry_run": True, "plan": plan})
 
 
 def _keys() -> KeyStore:
@@ -175,32 +221,72 @@ def plug_in(target: typer.Typer, entries: Iterable[EntryPoint] | None = None) ->
     found = entry_points(group=GROUP) if entries is None else entries
     for entry in sorted(found, key=lambda entry: entry.name):
         try:
-            register = entry.load()
+            entry.load()(target)
         except (ImportError, AttributeError, SyntaxError) as error:
             why = f"{type(error).__name__}: {error}"
             console.error(f"the verbs of {entry.module} are missing: {why} (`make install`?)")
-            continue
-        register(target)
 
 
 def main() -> None:
     """Run the command line: exit 0, 1 with one line, 2 for wrong usage, 130 for Ctrl-C."""
+    console.use_json("--json" in sys.argv[1:])  # for what goes wrong before a verb begins
     try:
         plug_in(app)
-        app(prog_name="roundhouse")
+        status = app(prog_name="roundhouse", standalone_mode=False)
     except RoundhouseError as error:
         console.failure(type(error).__name__, str(error))
-        sys.exit(1)
+        status = 1
+    except BrokenPipeError:
+        # whoever read our output has gone; so that Python does not tell it again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except OSError as error:
+        if (told := _state_trouble(error)) is None:
+            raise
+        console.failure("ClusterError", told)
+        status = 1
+    except TyperException as error:
+        _tell_usage(error)
+        status = error.exit_code
+    except typer.Abort:
+        console.failure("Aborted", "nothing was done")
+        status = 1
     except KeyboardInterrupt:
         status = 130
-    except SystemExit as ending:
-        if ending.code != 130:
-            raise
-        status = 130
-    else:
+    if status == 130:
+        console.note("interrupted")
+    if status:
+        sys.exit(status)
+
+
+def _state_trouble(error: OSError) -> str | None:
+    """Say what to do about a state directory that cannot be used; ``None`` for other files."""
+    from cluster.home import home
+
+    if error.filename is None or not Path(str(error.filename)).is_relative_to(home()):
+        return None
+    return (
+        f"{error.filename}: {error.strerror}; models, runs and keys are kept in {home()}: make "
+        "it a folder that you may write to, or set ROUNDHOUSE_HOME to one"
+    )
+
+
+def _tell_usage(error: TyperException) -> None:
+    """Tell a wrong verb, option or argument: the value, what there is, where more is said."""
+    ctx = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError" and hasattr(error, "show"):
+        error.show()  # the help itself
         return
-    console.note("interrupted")
-    sys.exit(status)
+    told = error.format_message().strip().rstrip(".?")
+    told = told[:1].lower() + told[1:]
+    if ctx is None:
+        console.failure("UsageError", told)
+        return
+    verbs = getattr(ctx.command, "commands", None)
+    if verbs and "Did you mean" not in told and told.startswith("no such command"):
+        told += f"; there are {', '.join(sorted(verbs))}"
+    told = told.replace(". Did you mean", "; did you mean")
+    console.failure("UsageError", f"{told}; see `{ctx.command_path} --help`")
 
 
 if __name__ == "__main__":

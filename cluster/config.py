@@ -36,6 +36,10 @@ def load(path: str | Path, schema: type[Schema], overrides: Sequence[str] = ()) 
         text = path.read_text()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; {_nearby(path)}") from None
+    except IsADirectoryError:
+        raise ConfigError(
+            f"{path}: is a directory; name a file: {_nearby(path / 'x.yaml')}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text ({error})") from None
     try:
@@ -55,6 +59,11 @@ def load(path: str | Path, schema: type[Schema], overrides: Sequence[str] = ()) 
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
+        if raw and set(schema.model_fields).isdisjoint(raw):
+            raise ConfigError(
+                f"{path}: none of its keys ({', '.join(map(str, raw))}) belongs to this kind of "
+                f"file, which has {', '.join(schema.model_fields)}; is it meant for another verb?"
+            ) from None
         raise ConfigError(_explain(error, schema, path, lines, overrides)) from None
 
 
@@ -70,7 +79,8 @@ def schema_json(schema: type[Frozen]) -> str:
 
 def _nearby(path: Path) -> str:
     folder = path.parent
-    names = sorted(p.name for p in folder.glob("*.y*ml")) if folder.is_dir() else []
+    found = sorted(folder.glob("*.y*ml")) or sorted(folder.glob("*/*.y*ml"))
+    names = [str(path.relative_to(folder)) for path in found]
     if close := difflib.get_close_matches(path.name, names, n=1):
         return f"did you mean {folder / close[0]}?"
     return f"{folder}/ has {', '.join(names[:8])}" if names else f"{folder}/ holds no YAML file"
@@ -115,15 +125,26 @@ def _explain(
     overrides: Sequence[str],
 ) -> str:
     told = []
-    for problem in error.errors():
-        loc = tuple(problem["loc"])
+    problems = error.errors()
+    places = [tuple(problem["loc"]) for problem in problems]
+    for problem, loc in zip(problems, places, strict=True):
+        if problem["type"] == "too_short" and any(
+            place[: len(loc)] == loc for place in places if place != loc
+        ):
+            continue  # its items are there, and wrong: told on their own
         line = _line_of(loc, lines)
-        field = ".".join(str(part) for part in loc)
+        field = ".".join(str(part) for part in _without_tags(loc, lines))
         text = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             text = f"unknown key {loc[-1]!r}; {_suggest(loc, schema)}"
         elif problem["type"] == "missing":
             text = "is required"
+        elif problem["type"] == "union_tag_invalid":
+            told_by = problem["ctx"]
+            key = told_by["discriminator"].strip("'")
+            line = _line_of((*loc, key), lines)
+            field = f"{field}.{key}"
+            text = f"{told_by['tag']!r:.40} is none of {told_by['expected_tags']}"
         elif problem["type"] not in {"value_error"}:
             text = f"{text}, not {problem['input']!r:.60}"
         where = f"{path}:{line}" if line else str(path)
@@ -142,6 +163,15 @@ def _line_of(loc: tuple[Any, ...], lines: dict[tuple[Any, ...], int]) -> int | N
             trail.append(part)
             line = lines[tuple(trail)]
     return line
+
+
+def _without_tags(loc: tuple[Any, ...], lines: dict[tuple[Any, ...], int]) -> tuple[Any, ...]:
+    """Return a location without the tags of unions, as far as the file shows which they are."""
+    for index in range(len(loc) - 1):
+        rest = (*loc[:index], *loc[index + 1 :])
+        if loc[: index + 1] not in lines and rest[: index + 1] in lines:
+            return _without_tags(rest, lines)
+    return loc
 
 
 def _suggest(loc: tuple[Any, ...], schema: type[Frozen]) -> str:

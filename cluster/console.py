@@ -86,12 +86,6 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     Console(stderr=_json).print(drawn)
 
 
-def emit_json(value: Any) -> None:
-    """Print one JSON document; paths and other objects as their text."""
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
-    sys.stdout.flush()
-
-
 def failure(kind: str, message: str) -> None:
     """Tell why a verb failed: a line on standard error, or with ``--json`` one JSON object."""
     if _json:

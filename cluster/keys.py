@@ -51,10 +51,7 @@ class KeyStore:
 
     def add(self, name: str) -> str:
         """Make a key called ``name`` and return its plain text: the only time that it exists."""
-        if not NAME.fullmatch(name):
-            raise ConfigError(
-                f"key name {name!r:.80}: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first"
-            )
+        check_name(name)
         plaintext = PREFIX + secrets.token_urlsafe(32)
         made = Key(
             id=secrets.token_hex(4),
@@ -83,13 +80,19 @@ class KeyStore:
     def revoke(self, key_id: str) -> Key:
         """Remove the key with this id (or this name, when only one has it) and return it."""
         with self._changing():
-            keys = self.list()
-            hits = [k for k in keys if k.id == key_id] or [k for k in keys if k.name == key_id]
-            if len(hits) != 1:
-                known = ", ".join(f"{k.id} ({k.name})" for k in keys) or "none"
-                which = "several keys have that name" if hits else "no such key"
-                raise ConfigError(f"key {key_id!r:.80}: {which}; ids are: {known}")
-            self._write(tuple(k for k in keys if k is not hits[0]))
+            found = self.find(key_id)
+            self._write(tuple(k for k in self.list() if k is not found))
+        return found
+
+    def find(self, key_id: str) -> Key:
+        """Return the key with this id, or this name when only one has it; else ConfigError."""
+        keys = self.list()
+        hits = [k for k in keys if k.id == key_id] or [k for k in keys if k.name == key_id]
+        if len(hits) != 1:
+            known = ", ".join(f"{k.id} ({k.name})" for k in keys)
+            which = "several keys have that name" if hits else "no such key"
+            there = f"ids are: {known}" if keys else "there is none (`roundhouse keys add NAME`)"
+            raise ConfigError(f"key {key_id!r:.80}: {which}; {there}")
         return hits[0]
 
     def check(self, plaintext: str) -> Key | None:
@@ -121,6 +124,14 @@ class KeyStore:
     def _write(self, keys: tuple[Key, ...]) -> None:
         text = json.dumps({"schema": 1, "keys": [asdict(key) for key in keys]}, indent=2)
         write_private(self.path, text + "\n")
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError unless ``name`` can be a key's name."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"key name {name!r:.80}: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first"
+        )
 
 
 def _digest(plaintext: str) -> str:

@@ -115,6 +115,20 @@ def pick_model(endpoint: Endpoint, model: str | None) -> str:
     return there[0]
 
 
+def answer_all(endpoint: Endpoint, model: str, options: dict[str, Any]) -> list[dict[str, str]]:
+    """Answer each line of standard input as a question of its own: ``question answer version``."""
+    if sys.stdin.isatty():
+        raise ConfigError("chat --json reads its questions from a pipe or a file, one per line")
+    answers = []
+    for question in (line.strip() for line in sys.stdin):
+        if question:
+            asked = [{"role": "user", "content": question}]
+            said = list(endpoint.stream(model, asked, **options))
+            text, version = "".join(text for text, _ in said), said[-1][1] if said else ""
+            answers.append({"question": question, "answer": text, "version": version})
+    return answers
+
+
 def talk(endpoint: Endpoint, model: str, options: dict[str, Any]) -> None:
     """Read questions and print answers: a conversation, or, piped, one question per line."""
     if not sys.stdin.isatty():

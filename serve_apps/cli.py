@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster import console
+from cluster.options import AsJson, DryRun, Name, complete_ref, complete_version
 
 if TYPE_CHECKING:
     from cluster.session import Cluster
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from serve_apps.deploy import Proposal
     from serve_apps.promote import Move
 
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")]
 Timeout = Annotated[float, typer.Option(min=1, help="Seconds until it gives up.")]
 Alias = Annotated[
     str | None, typer.Option(help="By default the one that the model is deployed with.")
@@ -30,7 +29,7 @@ def register(app: typer.Typer) -> None:
 
 
 def deploy(
-    config: Annotated[Path, typer.Argument(help="A file of configs/serve/.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A file of configs/serve/.")],
     dry_run: DryRun = False,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field.")
@@ -39,6 +38,7 @@ def deploy(
     as_json: AsJson = False,
 ) -> None:
     """Serve the models of a file; models of other files stay."""
+    console.use_json(as_json)
     from cluster.config import load
     from serve_apps.config import ServeConfig
 
@@ -51,113 +51,135 @@ def deploy(
     library = Library()
     if dry_run:
         cluster = _cluster_or_none()
-        _show_proposal(wish, propose(wish, cluster, library), cluster, as_json)
+        _show_proposal(wish, propose(wish, cluster, library), cluster)
         return
     cluster = current()
-    say = console.note if as_json else console.out
-    proposal = carry_out(wish, cluster, library, timeout, say)
-    if as_json:
-        console.emit_json(
-            {
-                "endpoint": f"{cluster.serve_url}/v1",
-                "changes": [_change(change) for change in proposal.desired.changes],
-            }
-        )
-        return
-    console.out(f"endpoint {cluster.serve_url}/v1, API key in {cluster.home / 'keys' / 'demo.key'}")
+    proposal = carry_out(wish, cluster, library, timeout, console.out)
+    key = cluster.home / "keys" / "demo.key"
+    console.out(f"endpoint {cluster.serve_url}/v1, API key in {key}")
+    console.result(
+        {
+            "dry_run": False,
+            "endpoint": f"{cluster.serve_url}/v1",
+            "key_file": key,
+            "changes": [_change(change) for change in proposal.desired.changes],
+        }
+    )
 
 
 def undeploy(
-    name: Annotated[str, typer.Argument(help="The model's name.")],
+    name: Name,
     dry_run: DryRun = False,
     timeout: Timeout = 120.0,
     as_json: AsJson = False,
 ) -> None:
     """Stop serving a model; its versions and aliases stay in the library."""
+    console.use_json(as_json)
     from cluster.session import current
     from serve_apps.deploy import undeploy as carry_out
 
-    say = console.note if as_json else console.out
-    changes = carry_out(name, current(), timeout, say, dry_run)
-    if as_json:
-        console.emit_json({"changes": [_change(change) for change in changes]})
+    changes = carry_out(name, current(), timeout, console.out, dry_run)
+    console.result({"dry_run": dry_run, "changes": [_change(change) for change in changes]})
 
 
 def promote(
-    ref: Annotated[str, typer.Argument(help="NAME@NUMBER; a bare name means its newest version.")],
+    ref: Annotated[
+        str,
+        typer.Argument(
+            metavar="REF",
+            help="NAME@NUMBER; a bare name means its newest version.",
+            autocompletion=complete_version,
+        ),
+    ],
     alias: Alias = None,
     timeout: Timeout = 180.0,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Put a version live without dropping a request: load it everywhere, then move the alias."""
+    console.use_json(as_json)
     from cluster.library.store import Library
     from serve_apps.promote import wanted
 
     library = Library()
-    _move(wanted(ref, alias, library), None, "promote", timeout, dry_run, as_json)
+    _move(wanted(ref, alias, library), None, "promote", timeout, dry_run)
 
 
 def rollback(
-    name: Annotated[str, typer.Argument(help="The model's name.")],
+    name: Name,
     alias: Alias = None,
     timeout: Timeout = 180.0,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Go back to the version that the alias named before; once more undoes it."""
+    console.use_json(as_json)
     from cluster.library.store import Library
     from serve_apps.promote import previous
 
     move = previous(name, alias, Library())
-    _move(move, move.before, "rollback", timeout, dry_run, as_json)
+    _move(move, move.before, "rollback", timeout, dry_run)
 
 
 def chat(
-    model: Annotated[str | None, typer.Argument(help="By default the only one there is.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="By default the only one there is.",
+            autocompletion=complete_ref,
+        ),
+    ] = None,
     key: Annotated[str | None, typer.Option(help="API key; by default the demo key.")] = None,
     base_url: Annotated[str | None, typer.Option(help="By default this home's endpoint.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, max=2)] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Bound of an answer; by default the server's.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=2, help="0 takes the likeliest token each time.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Talk to a model; piped, it answers one question per line."""
-    from serve_apps.chat import find_endpoint, pick_model, talk
+    console.use_json(as_json)
+    from serve_apps.chat import answer_all, find_endpoint, pick_model, talk
 
     endpoint = find_endpoint(base_url, key)
     given = {"max_tokens": max_tokens, "temperature": temperature}
     options = {name: value for name, value in given.items() if value is not None}
-    talk(endpoint, pick_model(endpoint, model), options)
+    chosen = pick_model(endpoint, model)
+    if as_json:
+        console.result({"model": chosen, "answers": answer_all(endpoint, chosen, options)})
+    else:
+        talk(endpoint, chosen, options)
 
 
-def _move(
-    move: Move, expected: int | None, by: str, timeout: float, dry_run: bool, as_json: bool
-) -> None:
+def _move(move: Move, expected: int | None, by: str, timeout: float, dry_run: bool) -> None:
     from cluster.library.ref import CHAMPION
     from cluster.library.store import Library
     from serve_apps.promote import carry_out
 
     before = "nothing" if move.before is None else f"version {move.before}"
     step = f"{move.name}@{move.alias or CHAMPION}: {before} -> version {move.to}"
-    say = console.note if as_json else console.out
     live = False
     if dry_run:
-        say(f"would move {step}")
+        console.out(f"would move {step}")
     else:
-        say(step)
-        live = carry_out(move, expected, timeout, by, Library(), say)
+        console.out(step)
+        live = carry_out(move, expected, timeout, by, Library(), console.out)
         if live:
-            say(f"{move.name}@{move.to} answers")
-    if as_json:
-        console.emit_json(
-            {
-                "name": move.name,
-                "alias": move.alias or CHAMPION,
-                "before": move.before,
-                "to": move.to,
-                "moved": not dry_run,
-                "live": live,
-            }
-        )
+            console.out(f"{move.name}@{move.to} answers")
+    console.result(
+        {
+            "dry_run": dry_run,
+            "name": move.name,
+            "alias": move.alias or CHAMPION,
+            "before": move.before,
+            "to": move.to,
+            "moved": not dry_run,
+            "live": live,
+        }
+    )
 
 
 def _change(change: Any) -> dict[str, Any]:
@@ -174,26 +196,26 @@ def _cluster_or_none() -> Cluster | None:
         return None
 
 
-def _show_proposal(
-    wish: ServeConfig, proposal: Proposal, cluster: Cluster | None, as_json: bool
-) -> None:
+def _show_proposal(wish: ServeConfig, proposal: Proposal, cluster: Cluster | None) -> None:
     import yaml
 
     plan = str(proposal.fits) if proposal.fits else "unknown: no cluster runs (`roundhouse up`)"
     rendered = {"applications": list(proposal.desired.applications)}
-    if as_json:
-        console.emit_json(
-            {
-                "config": wish.model_dump(mode="json"),
-                "plan": plan,
-                "changes": [_change(change) for change in proposal.desired.changes],
-                "aliases": [list(pin) for pin in proposal.pins],
-                "serve": rendered,
-            }
-        )
+    resolved = wish.model_dump(mode="json")
+    console.result(
+        {
+            "dry_run": True,
+            "config": resolved,
+            "plan": plan,
+            "changes": [_change(change) for change in proposal.desired.changes],
+            "aliases": [list(pin) for pin in proposal.pins],
+            "serve": rendered,
+        }
+    )
+    if console.is_json():
         return
     console.out("# resolved configuration")
-    console.out(yaml.safe_dump(wish.model_dump(mode="json"), sort_keys=False).rstrip())
+    console.out(yaml.safe_dump(resolved, sort_keys=False).rstrip())
     for name, alias, number in proposal.pins:
         console.out(f"# would set {name}@{alias} to version {number}")
     for change in proposal.desired.changes:

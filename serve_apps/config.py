@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from cluster.config import Frozen
 from cluster.library.ref import CHAMPION, Ref
@@ -94,7 +101,14 @@ class Sharded(Frozen):
         return self
 
 
-EngineConfig = Annotated[Fake | Sharded, Field(discriminator="kind")]
+def _sharded_unless_said(value: Any) -> Any:
+    return {"kind": "sharded", **value} if isinstance(value, dict) else value
+
+
+EngineConfig = Annotated[
+    Annotated[Fake | Sharded, Field(discriminator="kind")], BeforeValidator(_sharded_unless_said)
+]
+"""An engine; ``kind`` may be left out for our own."""
 
 
 class ModelConfig(Frozen):

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from cluster import console
+
 # before anything imports a Hugging Face package: no test reaches a hub by accident
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -33,6 +35,12 @@ def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def _answers_in_text() -> None:
+    """Start as the command line does: `--json` of an earlier test is forgotten."""
+    console.use_json(False)
 
 
 @pytest.fixture(autouse=True)

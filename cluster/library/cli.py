@@ -11,16 +11,13 @@ import typer
 
 from cluster import console
 from cluster.errors import ConfigError, Corrupt, LibraryError
+from cluster.options import AsJson, DryRun, Ref, complete_version
 
 if TYPE_CHECKING:
     from cluster.library.importers import Report
     from cluster.library.store import Library, Version
 
 models = typer.Typer(help="The model library.", no_args_is_help=True)
-
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")]
-RefArg = Annotated[str, typer.Argument(metavar="REF", help="name, name@3 or name@alias.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -42,6 +39,7 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Bring a model into the library; what is there already is not copied again."""
+    console.use_json(as_json)
     from cluster.library.importers import import_model
     from cluster.library.source import parse_source
 
@@ -52,27 +50,28 @@ def import_(
         has = [version.ref for version in library.versions(chosen)]
         console.out(f"would import {found.where} ({found.kind}) as {chosen} into {library.root}")
         console.out(f"{chosen} has {', '.join(has) or 'no version yet'}")
+        console.result({"dry_run": True, "source": found.where, "name": chosen, "versions": has})
         return
     with _progress() as report:
         imported = import_model(library, source, name, report)
     version = imported.version
-    if as_json:
-        console.emit_json({**_summary(library, version), "new": imported.new})
-    elif imported.new:
+    if imported.new:
         console.out(f"imported {version.ref}: {_described(version)}")
         for note in version.manifest.notes:
             console.out(f"  {note}")
     else:
         console.out(f"{version.ref} is there already, with the same content")
+    console.result({**_summary(library, version), "new": imported.new})
 
 
 @models.command("list")
 def list_(as_json: AsJson = False) -> None:
     """List every version in the library."""
+    console.use_json(as_json)
     library = _library()
     found = [version for name in library.names() for version in library.versions(name)]
+    console.result({"models": [_summary(library, version) for version in found]})
     if as_json:
-        console.emit_json([_summary(library, version) for version in found])
         return
     rows = []
     for version in found:
@@ -87,8 +86,9 @@ def list_(as_json: AsJson = False) -> None:
 
 
 @models.command()
-def show(ref: RefArg, as_json: AsJson = False) -> None:
+def show(ref: Ref, as_json: AsJson = False) -> None:
     """Show what is known about one version."""
+    console.use_json(as_json)
     library = _library()
     version = library.resolve(ref)
     manifest = version.manifest
@@ -97,7 +97,7 @@ def show(ref: RefArg, as_json: AsJson = False) -> None:
         document = manifest.model_dump(mode="json")
         document |= _summary(library, version)
         document["alias_history"] = [move.model_dump(mode="json") for move in history]
-        console.emit_json(document)
+        console.result(document)
         return
     console.out(f"{version.ref}: {_described(version)}")
     lineage, origin = manifest.lineage, manifest.origin
@@ -129,28 +129,36 @@ def show(ref: RefArg, as_json: AsJson = False) -> None:
 
 
 @models.command()
-def verify(ref: RefArg, as_json: AsJson = False) -> None:
+def verify(ref: Ref, as_json: AsJson = False) -> None:
     """Read every file of a version again and compare it with the manifest."""
+    console.use_json(as_json)
     library = _library()
     version = library.verify(ref)
-    if as_json:
-        console.emit_json({"ref": version.ref, "ok": True, "files": len(version.manifest.files)})
-        return
     files = len(version.manifest.files)
     console.out(f"{version.ref}: {files} files, {_size(version.manifest.size)}, all as published")
+    console.result({"ref": version.ref, "ok": True, "files": files})
 
 
 @models.command()
 def rm(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="One version by number, as name@3.")],
+    ref: Annotated[
+        str,
+        typer.Argument(
+            metavar="REF",
+            help="One version by number, as name@3.",
+            autocompletion=complete_version,
+        ),
+    ],
     dry_run: DryRun = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Delete one version; its number is not used again."""
-    from cluster.library.ref import Ref
+    console.use_json(as_json)
+    from cluster.library import ref as refs
 
     library = _library()
-    parsed = Ref.parse(ref)
+    parsed = refs.Ref.parse(ref)
     if parsed.version is None:
         raise LibraryError(f"{ref}: name the version to remove, as in {parsed.name}@3")
     try:
@@ -160,29 +168,34 @@ def rm(
         what = f"{ref}, which is damaged ({error})"
     if dry_run:
         console.out(f"would remove {what}")
+        console.result({"dry_run": True, "ref": ref})
         return
     if not yes:
-        if console.is_plain():
-            raise ConfigError(f"rm {ref}: without a terminal, confirm with --yes")
+        if console.is_plain() or as_json:
+            raise ConfigError(f"rm {ref}: nobody can be asked here; confirm with --yes")
         typer.confirm(f"remove {what}?", abort=True)
     library.remove(parsed)
     console.out(f"removed {ref}")
+    console.result({"dry_run": False, "ref": ref})
 
 
 @models.command()
 def export(
-    ref: RefArg,
+    ref: Ref,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory to create.")],
     dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Copy a version into a directory that every Hugging Face loader reads."""
+    console.use_json(as_json)
     library = _library()
     version = library.resolve(ref)
     if dry_run:
         console.out(f"would copy {version.ref} ({_size(version.manifest.size)}) to {directory}")
-        return
-    library.export(version, directory)
-    console.out(f"copied {version.ref} to {directory}")
+    else:
+        library.export(version, directory)
+        console.out(f"copied {version.ref} to {directory}")
+    console.result({"dry_run": dry_run, "ref": version.ref, "directory": directory.absolute()})
 
 
 def _library() -> Library:

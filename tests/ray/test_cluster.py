@@ -152,7 +152,7 @@ def test_status_and_doctor_see_it(cluster: Rig) -> None:
     assert value["models"] == []
     text = cluster.run("status").stdout
     assert "applications: none" in text
-    checks = json.loads(cluster.run("doctor", "--json", check=False).stdout)
+    checks = json.loads(cluster.run("doctor", "--json", check=False).stdout)["checks"]
     found = {check["what"]: check["state"] for check in checks}
     assert found["cluster"] == "ok"
     assert found["auth/token"] == "ok"

@@ -66,24 +66,18 @@ def test_down_without_a_cluster_is_harmless() -> None:
 
 def test_keys_from_making_to_revoking() -> None:
     runner = CliRunner()
-    made = json.loads(runner.invoke(cli.app, ["keys", "add", "ci", "--json"]).output)
-    (listed,) = json.loads(runner.invoke(cli.app, ["keys", "list", "--json"]).output)
+    made = json.loads(runner.invoke(cli.app, ["keys", "add", "ci", "--json"]).stdout)
+    (listed,) = json.loads(runner.invoke(cli.app, ["keys", "list", "--json"]).stdout)["keys"]
     assert made["key"] not in json.dumps(listed)
     assert listed["last4"] == made["key"][-4:]
     assert listed["id"] in runner.invoke(cli.app, ["keys", "list"]).output
     assert "revoked" in runner.invoke(cli.app, ["keys", "revoke", listed["id"]]).output
-    assert json.loads(runner.invoke(cli.app, ["keys", "list", "--json"]).output) == []
-
-
-@pytest.mark.parametrize("kind", sorted(cli.SCHEMAS))
-def test_every_kind_of_file_has_a_schema(kind: str) -> None:
-    result = CliRunner().invoke(cli.app, ["config", "schema", kind])
-    assert json.loads(result.output)["additionalProperties"] is False
+    assert json.loads(runner.invoke(cli.app, ["keys", "list", "--json"]).stdout)["keys"] == []
 
 
 def test_doctor_names_a_fix_for_each_failure() -> None:
     result = CliRunner().invoke(cli.app, ["doctor", "--json"])
-    checks = json.loads(result.output)
+    checks = json.loads(result.stdout)["checks"]
     assert {"Python", "packages", "memory", "disk", "cluster", "ports"} & {
         c["what"] for c in checks
     }

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 
 from cluster import cli, console
 from cluster.errors import ClusterError
-
-
-@pytest.fixture(autouse=True)
-def _text_again() -> Iterator[None]:
-    yield
-    console.use_json(False)
 
 
 def test_json_mode_keeps_standard_output_for_the_result(
@@ -51,3 +47,54 @@ def test_json_mode_answers_an_error_as_an_object(
     assert ended.value.code == 1
     told = {"type": "ClusterError", "message": "the turntable is stuck; push"}
     assert json.loads(capsys.readouterr().out) == {"error": told}
+
+
+READ_ONLY = {
+    "chat",
+    "config check",
+    "config schema",
+    "data preview",
+    "doctor",
+    "jobs list",
+    "jobs logs",
+    "keys list",
+    "models list",
+    "models show",
+    "models verify",
+    "status",
+}
+"""Verbs that change nothing, and so have nothing to rehearse."""
+
+
+def verbs() -> dict[str, Any]:
+    """Every verb of the installed command line, by its words, as a parsed command."""
+
+    def below(command: Any, words: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+        for name, child in getattr(command, "commands", {}).items():
+            yield from below(child, (*words, name))
+        if not hasattr(command, "commands"):
+            yield " ".join(words), command
+
+    if "models" not in {group.name for group in cli.app.registered_groups}:
+        cli.plug_in(cli.app)
+    return dict(below(typer.main.get_command(cli.app), ()))
+
+
+VERBS = verbs()
+
+
+def options(verb: str) -> set[str]:
+    return {text for param in VERBS[verb].params for text in param.opts}
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_answers_in_json_and_rehearses_what_it_changes(verb: str) -> None:
+    assert "--json" in options(verb)
+    assert ("--dry-run" in options(verb)) == (verb not in READ_ONLY)
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_says_what_it_does_in_one_line(verb: str) -> None:
+    first = (VERBS[verb].help or "").splitlines()[0]
+    assert first.endswith(".")
+    assert all(param.help for param in VERBS[verb].params if param.opts[0] != "--help")

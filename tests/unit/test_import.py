@@ -305,11 +305,11 @@ def test_verbs_from_import_to_rm(source: Path, tmp_path: Path) -> None:
     assert "would import source (directory) as tiny" in run(
         "import", str(source), "--name", "tiny", "--dry-run"
     )
-    assert json.loads(run("list", "--json")) == []
+    assert json.loads(run("list", "--json"))["models"] == []
     assert "imported tiny@1: llama, 7 parameters" in run("import", str(source), "--name", "tiny")
     assert "is there already" in run("import", str(source), "--name", "tiny")
     assert json.loads(run("import", str(source), "--name", "tiny", "--json"))["new"] is False
-    [listed] = json.loads(run("list", "--json"))
+    [listed] = json.loads(run("list", "--json"))["models"]
     assert (listed["ref"], listed["dtype"], listed["aliases"]) == ("tiny@1", "float32", [])
     assert "tiny@1" in run("list")
     shown = json.loads(run("show", "tiny", "--json"))
@@ -320,9 +320,9 @@ def test_verbs_from_import_to_rm(source: Path, tmp_path: Path) -> None:
     assert "copied tiny@1" in run("export", "tiny", str(tmp_path / "out"))
     assert (tmp_path / "out" / WEIGHTS).exists()
     assert "would remove tiny@1" in run("rm", "tiny@1", "--dry-run")
-    assert len(json.loads(run("list", "--json"))) == 1
+    assert len(json.loads(run("list", "--json"))["models"]) == 1
     assert "removed tiny@1" in run("rm", "tiny@1", "--yes")
-    assert json.loads(run("list", "--json")) == []
+    assert json.loads(run("list", "--json"))["models"] == []
 
 
 def test_damaged_version_can_be_removed(source: Path) -> None:
