@@ -2,13 +2,16 @@
 
     checkpoints/step-00000012/
         state/...        what DeepSpeed wrote, every rank its part
-        meta.json        step, world size, ZeRO stage, hash of the configuration
+        meta.json        how far the run is, world size, ZeRO stage, the configuration
         manifest.json    every file above with its size and SHA-256
         COMPLETE         last of all
 
 They are written into ``.step-....partial`` and renamed. A folder without the marker, or with a
 file that differs from the manifest, is passed over. The DeepSpeed part is pickle: load only what
 this cluster wrote.
+
+A run with an adapter saves the adapter and its optimiser state, not the base, which the library
+has. Neither a generator's state nor a place in the data is saved: both follow from the step.
 """
 
 from __future__ import annotations
@@ -16,14 +19,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ConfigError
+from cluster.errors import JobError
 from train_jobs.data.formats import sha256
 from train_jobs.ports import World
+from train_jobs.progress import Progress
 
 STATE, META, MANIFEST, COMPLETE = "state", "meta.json", "manifest.json", "COMPLETE"
 
@@ -32,30 +36,50 @@ STATE, META, MANIFEST, COMPLETE = "state", "meta.json", "manifest.json", "COMPLE
 class Meta:
     """What must be known before a checkpoint is loaded."""
 
-    step: int
-    """Optimiser steps done; the next step of the data order."""
+    progress: Progress
     world: int
     zero: int
-    config_hash: str
+    config: Mapping[str, Any]
+    """The resolved configuration as JSON: a run goes on with the one it began with."""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """Held-out losses that were measured before."""
+    seconds: float = 0.0
+    """Of all processes that worked on the run, from start to here."""
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return self.progress.step
 
 
-def save(engine: Any, folder: Path, meta: Meta, world: World) -> Path:
-    """Write one checkpoint; every rank calls it. Returns where it lies."""
+def save(
+    engine: Any, folder: Path, meta: Meta, world: World, keep: int = 2, adapter: bool = False
+) -> Path:
+    """Write one checkpoint and remove old ones but ``keep``; every rank calls it.
+
+    Returns where it lies. One that is there for this very step is replaced only when the new one
+    is whole.
+    """
     import torch.distributed as dist
 
     final = folder / f"step-{meta.step:08d}"
     staged = folder / f".{final.name}.partial"
     if world.rank == 0:
-        for leftover in (staged, final):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
     dist.barrier()
-    # Without this key a ZeRO-2 checkpoint cannot be converted to another world size later
-    state = {"roundhouse": asdict(meta), "universal_checkpoint_info": {}}
-    engine.save_checkpoint(str(staged), tag=STATE, client_state=state, save_latest=False)
+    engine.save_checkpoint(
+        str(staged),
+        tag=STATE,
+        # Without this key a ZeRO-2 checkpoint cannot be converted to another world size later
+        client_state={"roundhouse": {"step": meta.step}, "universal_checkpoint_info": {}},
+        save_latest=False,
+        exclude_frozen_parameters=adapter,
+    )
     dist.barrier()
     if world.rank == 0:
         seal(staged, final, meta)
+        prune(folder, meta.step, keep)
     dist.barrier()
     return final
 
@@ -73,22 +97,49 @@ def seal(staged: Path, final: Path, meta: Meta) -> None:
     _write(staged / MANIFEST, json.dumps(files, indent=2))
     _write(staged / COMPLETE, "")
     _sync(staged)
+    _discard(final)
     os.replace(staged, final)
     _sync(final.parent)
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest whole checkpoint, and why each newer one was passed over."""
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Remove checkpoints older than the one of ``step``, just sealed, but ``keep - 1`` of them.
+
+    Later ones stay: a run that went on from an older checkpoint has passed them over as torn, and
+    replaces each when it gets there.
+    """
+    older = [path for path in sorted(folder.glob("step-*")) if path.name < f"step-{step:08d}"]
+    for path in older[: max(0, len(older) - (keep - 1))]:
+        _discard(path)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint; hidden first, so that a process killed meanwhile leaves no torn one."""
+    hidden = path.with_name(f".{path.name}.removed")
+    try:
+        os.replace(path, hidden)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(hidden)
+
+
+def newest(folder: Path, deep: bool = True) -> tuple[Path | None, list[str]]:
+    """Return the newest whole checkpoint, and why each newer one was passed over.
+
+    Without ``deep`` the files' hashes are not computed: enough to tell a person at once.
+    """
     passed: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
-        problems = list(damage(path))
-        if not problems:
+        problem = next(damage(path, deep), None)
+        if problem is None:
             return path, passed
-        passed.append(f"{path.name}: {problems[0]}")
+        passed.append(f"{path.name}: {problem}")
     return None, passed
 
 
-def damage(path: Path) -> Iterator[str]:
+def damage(path: Path, deep: bool = True) -> Iterator[str]:
     """Yield what is wrong with a checkpoint; nothing when it is whole."""
     if not (path / COMPLETE).is_file():
         yield f"no {COMPLETE} marker"
@@ -102,29 +153,53 @@ def damage(path: Path) -> Iterator[str]:
         file = path / name
         if not file.is_file():
             yield f"{name} is missing"
-        elif file.stat().st_size != entry["size"] or sha256(file) != entry["sha256"]:
+        elif file.stat().st_size != entry["size"] or (deep and sha256(file) != entry["sha256"]):
             yield f"{name} differs from the manifest"
 
 
 def read_meta(path: Path) -> Meta:
     """Return what a checkpoint says about itself."""
-    return Meta(**json.loads((path / META).read_text()))
+    fields = json.loads((path / META).read_text())
+    return Meta(**{**fields, "progress": Progress(**fields["progress"])})
 
 
-def load(engine: Any, path: Path, world: World) -> Meta:
-    """Load parameters and optimiser state into a fresh engine; every rank calls it.
+def check(path: Path, meta: Meta, world_size: int, config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that this run cannot go on from.
 
     Raises:
-        ConfigError: another number of ranks wrote it and its optimiser state is sharded.
+        JobError: the configuration was changed since; the message names the fields. Or another
+            number of ranks wrote it and its optimiser state is divided.
     """
-    meta = read_meta(path)
-    if meta.zero and meta.world != world.size:
-        raise ConfigError(
-            f"{path} was written by {meta.world} ranks with ZeRO {meta.zero}, this run has "
-            f"{world.size}; set run.workers to {meta.world}"
+    if changed := differences(meta.config, config):
+        raise JobError(
+            f"{path} was written with another configuration: {'; '.join(changed)}; put the old "
+            "values back into the run's config.json, or start a new run"
         )
-    engine.load_checkpoint(str(path), tag=STATE)
-    return meta
+    if meta.zero and meta.world != world_size:
+        raise JobError(
+            f"{path} was written by {meta.world} ranks with ZeRO {meta.zero}, this run has "
+            f"{world_size}; set run.workers to {meta.world}"
+        )
+
+
+def differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """Return ``key.sub was 1, is 2`` for each value that differs."""
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return [] if old == new else [f"{at} was {old!r:.60}, is {new!r:.60}"]
+    keys = sorted({*old, *new})
+    return [
+        told
+        for key in keys
+        for told in differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)
+    ]
+
+
+def load(engine: Any, path: Path, adapter: bool = False) -> None:
+    """Load parameters and optimiser state into a fresh engine; every rank calls it.
+
+    With ``adapter`` the file lacks the base, which the engine has already.
+    """
+    engine.load_checkpoint(str(path), tag=STATE, load_module_strict=not adapter)
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,129 +14,134 @@ from cluster.errors import ClusterError
 if TYPE_CHECKING:
     from cluster.session import Cluster
     from train_jobs.config import FinetuneConfig
-    from train_jobs.follow import State
     from train_jobs.runs import RunDir
     from train_jobs.task import Task
 
-ENDED: dict[str, Any] = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "failed"}
-TAIL_LINES = 15
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace one field, as optim.lr=1e-4."),
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's verbs to the command line."""
+    from train_jobs import data_cli, jobs_cli
+
     app.command("train")(train)
+    app.add_typer(jobs_cli.app, name="jobs")
+    app.add_typer(data_cli.app, name="data")
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A file of configs/train/.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace one field, as optim.lr=1e-4."),
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A file of configs/train/.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")
-    ] = False,
+    overrides: Sets = None,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="RUN", help="Go on from a run's newest checkpoint."),
+    ] = None,
     local: Annotated[
         int | None,
         typer.Option("--local", metavar="N", min=1, help="N processes here, without a cluster."),
     ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fine-tune a model on a cluster and publish the next version of it."""
+    console.use_json(as_json)
+    from train_jobs.resume import require_one
+
+    require_one(config, resume, overrides or [])
+    if resume is not None:
+        _resume(resume, local, dry_run)
+    elif config is not None:
+        _start(config, overrides or [], local, dry_run)
+
+
+def _start(config: Path, overrides: Sequence[str], local: int | None, dry_run: bool) -> None:
     from cluster.config import dump
-    from train_jobs.plan import resolve, submit_line
+    from train_jobs.plan import job_command, resolve, submit_line
     from train_jobs.runs import RunDir
     from train_jobs.task import Task
 
-    sets = [*(overrides or []), *([f"run.workers={local}"] if local else [])]
-    resolved = resolve(config, sets)
+    resolved = resolve(config, [*overrides, *([f"run.workers={local}"] if local else [])])
     task = Task.load(resolved)  # a bad row costs a second here, a minute on the cluster
     cluster = None if local else find_cluster(required=not dry_run)
     if dry_run:
-        rehearse(task, cluster, config, overrides or [])
+        rehearse(task, cluster, config, overrides)
         return
     if cluster:
         _require_room(cluster, resolved)
     run = RunDir.create(config.stem)
     run.config.write_text(dump(resolved))
     if cluster:
-        console.out(f"run {run.id}: {run.path}")
-        console.out(submit_line(cluster, config.absolute(), overrides or []))
-        raise typer.Exit(_on_cluster(cluster, run))
-    from train_jobs.follow import follow
-    from train_jobs.local import LocalRanks
-
-    console.out(f"run {run.id}: {run.path}")
-    run.claim()
-    raise typer.Exit(follow(run, LocalRanks.start(run, resolved.run.workers)))
+        line = submit_line(cluster, config.absolute(), overrides)
+        _on_cluster(cluster, run, job_command(run.config), line)
+    else:
+        _in_processes(run, resolved, resume=False)
 
 
-class SubmittedJob:
-    """A job of the cluster, over its REST interface."""
+def _resume(name: str, local: int | None, dry_run: bool) -> None:
+    from train_jobs import resume
+    from train_jobs.checkpoint import read_meta
+    from train_jobs.runs import RunDir
 
-    def __init__(self, cluster: Cluster, run: RunDir) -> None:
-        self.cluster, self.run = cluster, run
-        self._state: State = "waiting"
-        self._asked = 0.0
-
-    def submit(self, runtime_env: dict[str, Any], entrypoint: str) -> None:
-        """Start it; its id is the run's."""
-        body = {
-            "submission_id": self.run.id,
-            "entrypoint": entrypoint,
-            "runtime_env": runtime_env,
-            "metadata": {"run": str(self.run.path)},
-        }
-        self.cluster.json("POST", "/api/jobs/", json=body, timeout_s=60.0)
-
-    def state(self) -> State:
-        """Return where it stands, asking at most once a second."""
-        if self._state not in {"succeeded", "failed"} and time.monotonic() - self._asked > 1.0:
-            told = self.cluster.json("GET", f"/api/jobs/{self.run.id}")["status"]
-            self._asked = time.monotonic()
-            self._state = ENDED.get(told) or ("running" if told == "RUNNING" else "waiting")
-        return self._state
-
-    def why(self) -> str:
-        """Return the end of the job's log, and how to see all of it."""
-        try:
-            log = self.cluster.json("GET", f"/api/jobs/{self.run.id}/logs").get("logs", "")
-        except ClusterError as error:
-            log = f"(its log cannot be read: {error})"
-        lines = [text for text in log.splitlines() if text.strip()]
-        told = [text for text in lines if text.startswith("error: ")][-1:] or lines[-TAIL_LINES:]
-        shown = "\n".join(told).removeprefix("error: ")
-        return (
-            f"run {self.run.id} failed:\n{shown}\n"
-            f"whole log: ray job logs --address {self.cluster.dashboard} {self.run.id}"
+    run = RunDir.find(name)
+    path = resume.require_resumable(run)
+    config = resume.config_of(run, local)
+    cluster = None if local else find_cluster(required=not dry_run)
+    if cluster:
+        _require_idle(cluster, run)
+    line = resume.submit_line(cluster, run)
+    if dry_run:
+        console.out(resume.describe(run, path, line))
+        console.result(
+            {"run": run.id, "checkpoint": path, "step": read_meta(path).step, "submit": line}
         )
-
-    def kill(self) -> None:
-        """Stop the job."""
-        self.cluster.http("POST", f"/api/jobs/{self.run.id}/stop")
-
-    def detach(self) -> str:
-        """Return how to find the job again."""
-        return f"ray job logs --address {self.cluster.dashboard} --follow {self.run.id}"
+    elif cluster:
+        _require_room(cluster, config)
+        _on_cluster(cluster, run, resume.job_command(run), line)
+    else:
+        _in_processes(run, config, resume=True)
 
 
 def rehearse(task: Task, cluster: Cluster | None, config: Path, overrides: Sequence[str]) -> None:
     """Print what a run would be, and how to start it by hand."""
-    from train_jobs.plan import describe, submit_line
+    from train_jobs.plan import describe, rehearsal, submit_line
 
     nodes = _nodes(cluster) if cluster else None
-    console.out(describe(task, nodes, submit_line(cluster, config.absolute(), overrides)))
+    told = rehearsal(task, nodes, submit_line(cluster, config.absolute(), overrides))
+    console.out(describe(told))
+    console.result(told)
 
 
-def _on_cluster(cluster: Cluster, run: RunDir) -> int:
+def _on_cluster(cluster: Cluster, run: RunDir, entrypoint: str, line: str) -> None:
+    """Submit the next attempt of a run and follow it; ``line`` does the same by hand."""
     from cluster.session import runtime_env, upload_code
+    from train_jobs import attempts
     from train_jobs.follow import follow
-    from train_jobs.plan import job_command
+    from train_jobs.submitted import SubmittedJob
 
+    console.out(f"run {run.id}: {run.path}")
+    console.out(line)
     package = upload_code(cluster)
     environment = runtime_env(package, {"ROUNDHOUSE_HOME": str(cluster.home)})
-    job = SubmittedJob(cluster, run)
-    job.submit(environment, job_command(run.config))
-    return follow(run, job)
+    offset = run.metrics_end()
+    attempt = attempts.begin(run, lambda name: name)
+    job = SubmittedJob(cluster, run, attempt.name(run))
+    job.submit(environment, entrypoint)
+    follow(run, job, offset)
+    console.result({"path": run.path, **(run.read_result() or {})})
+
+
+def _in_processes(run: RunDir, config: FinetuneConfig, resume: bool) -> None:
+    from train_jobs.finetune import execute
+
+    execute(run, config, local=True, resume=resume)
+    console.result({"path": run.path, **(run.read_result() or {})})
 
 
 def find_cluster(required: bool) -> Cluster | None:
@@ -156,6 +160,17 @@ def _nodes(cluster: Cluster) -> list[Any]:
     from cluster.status import nodes
 
     return nodes(cluster)
+
+
+def _require_idle(cluster: Cluster, run: RunDir) -> None:
+    """Refuse to go on with a run whose last job waits for its start, or has not ended yet."""
+    from train_jobs import attempts
+    from train_jobs.jobs import statuses
+
+    known = attempts.history(run)
+    submission = known[-1].submission if known else None
+    if submission and statuses(cluster).get(submission) in {"PENDING", "RUNNING"}:
+        raise attempts.still_running(run)
 
 
 def _require_room(cluster: Cluster, config: FinetuneConfig) -> None:

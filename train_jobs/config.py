@@ -11,6 +11,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -38,6 +39,33 @@ class ChatSFT(Frozen):
 
 Objective = ChatSFT
 """Becomes a tagged union with the second objective."""
+
+
+class LoRA(Frozen):
+    """Train low-rank additions to the linear layers, and leave the base as it is.
+
+    ``W x`` becomes ``W x + alpha / r * B A x`` with A of r rows (arXiv:2106.09685). The run
+    publishes the sum, an ordinary version.
+    """
+
+    kind: Literal["lora"]
+    r: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Of the additions' input, while training."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of layers, as ``[q_proj, v_proj]``, or every linear layer but the output's."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not targets:
+            raise ValueError("name at least one layer, or write all-linear")
+        return targets
+
+
+Adapter = LoRA
+"""Becomes a tagged union with the second kind."""
 
 
 class Optim(Frozen):
@@ -77,7 +105,12 @@ class Run(Frozen):
     threads: PositiveInt | None = None
     """CPU threads of a worker; by default the machine's cores divided by its workers."""
     save_every: PositiveInt | None = None
-    """Optimiser steps between checkpoints; by default only the last step is saved."""
+    """Optimiser steps between checkpoints; by default a run saves only when it is stopped."""
+    keep: PositiveInt = 2
+    """The newest checkpoints that stay on disk."""
+    max_failures: NonNegativeInt = 0
+    """How often a cluster may start all ranks anew because one was killed or lost. They go on
+    from the newest checkpoint; a loss that is no number is not tried again."""
     timeout_s: PositiveFloat = 600.0
     """A collective that takes longer means that a rank is stuck."""
 
@@ -95,8 +128,11 @@ class FinetuneConfig(Frozen):
     """A library reference: the version to start from."""
     data: Data
     objective: Objective = Field(default_factory=ChatSFT)
-    zero: Literal[0, 2] = 2
-    """DeepSpeed ZeRO stage."""
+    adapter: Adapter | None = None
+    """None trains every parameter."""
+    zero: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage: what is divided over the ranks. 1: the optimiser's state; 2: also the
+    gradients; 3: also the parameters; 0: nothing."""
     optim: Optim = Field(default_factory=Optim)
     batch: Batch = Field(default_factory=Batch)
     run: Run = Field(default_factory=Run)
@@ -115,12 +151,23 @@ class FinetuneConfig(Frozen):
             )
         if (self.run.epochs is None) == (self.run.steps is None):
             raise ValueError("run: give either epochs or steps, exactly one of them")
+        if self.adapter and self.zero == 3:
+            raise ValueError(
+                "zero=3 with an adapter: stage 3 divides the base's weights, which an adapter "
+                "leaves as they are and its merge needs whole; use zero: 2, which divides all "
+                "that an adapter adds"
+            )
         return self
 
     @property
     def accumulate(self) -> int:
         """Micro-batches of one optimiser step on one rank."""
         return self.batch.total // (self.batch.micro * self.run.workers)
+
+    @property
+    def bucket(self) -> int:
+        """Elements of the gradient buffer on CPUs: DeepSpeed's 5e8 are 2 GB, touched every step."""
+        return 4_000_000 if self.adapter else 32_000_000
 
     def deepspeed(self, dtype: str, on_gpu: bool) -> dict[str, Any]:
         """Render the DeepSpeed configuration: the only place where one is written."""
@@ -132,8 +179,7 @@ class FinetuneConfig(Frozen):
             "zero_optimization": {
                 "stage": self.zero,
                 "overlap_comm": on_gpu,
-                # The gradient buffer, in elements: DeepSpeed's 5e8 are 2 GB, touched every step
-                **({} if on_gpu else {"reduce_bucket_size": 32_000_000}),
+                **({} if on_gpu else {"reduce_bucket_size": self.bucket}),
             },
             "bf16": {"enabled": dtype == "bfloat16"},
             "steps_per_print": 10**9,

@@ -12,7 +12,8 @@ from train_jobs.ports import World, sum_over_ranks
 def heldout_loss(engine: Any, data: Dataset, world: World) -> float:
     """Return the token mean over all rows of ``data``, in nats; every rank calls it.
 
-    Parameters, gradients and random state stay as they are; no logits are kept.
+    Parameters, gradients and random state stay as they are; no logits are kept. Every rank runs
+    equally many passes, because under ZeRO 3 a pass gathers parameters from all of them.
     """
     import torch
 
@@ -20,8 +21,9 @@ def heldout_loss(engine: Any, data: Dataset, world: World) -> float:
     engine.eval()
     nll = 0.0
     with torch.no_grad():
-        for row in data.rows[world.rank :: world.size]:
-            nll += float(nll_sum(engine, collate(row, engine.device)))
+        for first in range(0, len(data.rows), world.size):
+            row = data.rows[first + world.rank : first + world.rank + 1]
+            nll += float(nll_sum(engine, collate(row[0] if row else (), engine.device)))
     engine.train(training)
     total, tokens = sum_over_ranks([nll, float(data.trained_tokens) if world.rank == 0 else 0.0])
     return total / tokens

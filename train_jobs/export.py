@@ -3,60 +3,104 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cluster.errors import JobError
 from cluster.library.manifest import MANIFEST, Facts
 from cluster.library.store import Library, Version
+from train_jobs.adapters import merged
 
 
-def write_model(weights: Mapping[str, Any], base: Path, target: Path) -> None:
+def write_model(weights: Mapping[str, Any], base: Path, target: Path, rank: int = 0) -> None:
     """Write ``weights`` into ``target`` as the safetensors files that ``base`` has.
 
     Same files, same tensor names, same dtype for each; everything else of the base (tokenizer,
-    chat template, configuration) is copied byte for byte. Reads back what it wrote.
+    chat template, configuration) is copied byte for byte. Reads back what it wrote. Where ZeRO 3
+    divides the weights every rank calls it, and they are gathered one by one; rank 0 writes.
 
     Raises:
         JobError: the base holds a tensor that the live model does not have in that shape.
     """
-    import torch
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
-    target.mkdir(parents=True)
+    if rank == 0:
+        target.mkdir(parents=True)
     for source in sorted(base.iterdir()):
-        if source.suffix != ".safetensors":
-            if source.name != MANIFEST:
-                shutil.copyfile(source, target / source.name)
-            continue
-        with safe_open(source, framework="pt") as stored:
-            old = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        for name, tensor in old.items():
-            if name not in weights or weights[name].shape != tensor.shape:
+        if source.suffix == ".safetensors":
+            tensors = dict(_tensors_of(source, weights, rank))
+            if rank == 0:
+                save_file(tensors, target / source.name, metadata={"format": "pt"})
+                _read_back(target / source.name, tensors)
+        elif source.name != MANIFEST and rank == 0:
+            shutil.copyfile(source, target / source.name)
+
+
+def _tensors_of(source: Path, weights: Mapping[str, Any], rank: int) -> Iterator[tuple[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(source, framework="pt") as stored:
+        for name in stored.keys():  # noqa: SIM118 (not a mapping)
+            old = stored.get_tensor(name)
+            live = weights.get(name)
+            # the shape of a parameter that ZeRO 3 divides lies beside it
+            if live is None or getattr(live, "ds_shape", live.shape) != old.shape:
                 raise JobError(
-                    f"{source.name} holds {name} {tuple(tensor.shape)}, which the trained model "
+                    f"{source.name} holds {name} {tuple(old.shape)}, which the trained model "
                     "does not have in this shape; this architecture cannot be exported yet"
                 )
-        tensors = {
-            name: weights[name].detach().to("cpu", tensor.dtype).contiguous()
-            for name, tensor in old.items()
-        }
-        save_file(tensors, target / source.name, metadata={"format": "pt"})
-        with safe_open(target / source.name, framework="pt") as again:
-            for name, tensor in tensors.items():
-                if not torch.equal(again.get_tensor(name), tensor):
-                    raise JobError(f"{target / source.name}: {name} reads back differently")
+            whole = gathered(live, old.dtype, rank == 0)
+            if whole is not None:
+                yield name, whole
 
 
-def publish(engine: Any, base: Version, name: str, staging: Path, facts: Facts) -> Version:
-    """Export the engine's model and add it to the library; rank 0 alone calls it.
+def gathered(tensor: Any, dtype: Any, wanted: bool) -> Any | None:
+    """Return a copy of one tensor on the CPU, None where it is not ``wanted``.
 
-    ZeRO 0 and 2 hold the full parameters on every rank, so nothing is gathered.
+    One that ZeRO 3 divides is gathered from all ranks, so each of them calls this.
     """
-    shutil.rmtree(staging, ignore_errors=True)
-    write_model(engine.module.state_dict(), base.path, staging)
+    import deepspeed
+
+    divided = [tensor] if hasattr(tensor, "ds_id") else []
+    with deepspeed.zero.GatheredParameters(divided, enabled=bool(divided)):
+        if not wanted:
+            return None
+        return tensor.detach().to("cpu", dtype, copy=True).contiguous()
+
+
+def _read_back(path: Path, tensors: Mapping[str, Any]) -> None:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as again:
+        for name, tensor in tensors.items():
+            if not torch.equal(again.get_tensor(name), tensor):
+                raise JobError(f"{path}: {name} reads back differently")
+
+
+def live_tensors(model: Any) -> dict[str, Any]:
+    """Return parameters and buffers by name; a tied one under each of its names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+
+
+def publish(
+    engine: Any, base: Version, name: str, staging: Path, facts: Facts, rank: int, adapter: bool
+) -> Version | None:
+    """Export the engine's model and add it to the library; every rank calls it.
+
+    Only rank 0 gets the version. With ``adapter`` the additions are merged into the base first,
+    after which the engine cannot go on training.
+    """
+    divided = engine.zero_optimization_stage() == 3
+    if rank and not divided:
+        return None
+    if rank == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+    model = merged(engine.module) if adapter else engine.module
+    write_model(live_tensors(model), base.path, staging, rank)
+    if rank:
+        return None
     version = Library().publish(name, staging, facts, move=True)
     shutil.rmtree(staging, ignore_errors=True)
     return version

@@ -6,18 +6,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster import console
 from cluster.config import dump
 from cluster.errors import RoundhouseError
+
+if TYPE_CHECKING:
+    from train_jobs.config import FinetuneConfig
+    from train_jobs.runs import RunDir
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(prog="python -m train_jobs.finetune", description=__doc__)
     parser.add_argument(
-        "config", type=Path, help="a file of configs/train/, or a run's config.json"
+        "config", type=Path, nargs="?", help="a file of configs/train/, or a run's config.json"
     )
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run that has ended early")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--dry-run", action="store_true", help="say what would happen")
     parser.add_argument(
@@ -38,9 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     # everything that can be wrong in the file is found before anything heavy is imported
+    from train_jobs import resume
     from train_jobs.plan import resolve
+    from train_jobs.runs import RunDir
     from train_jobs.task import Task
 
+    resume.require_one(args.config, args.resume, args.overrides)
+    if args.resume:
+        run = RunDir.find(args.resume)
+        checkpoint = resume.require_resumable(run)
+        config = resume.config_of(run, args.local)
+        if args.dry_run:
+            console.out(resume.describe(run, checkpoint, resume.submit_line(None, run)))
+            return 0
+        return execute(run, config, args.local is not None, resume=True)
     local = [f"run.workers={args.local}"] if args.local else []
     config = resolve(args.config, [*args.overrides, *local])
     task = Task.load(config)
@@ -49,21 +66,31 @@ def _run(args: argparse.Namespace) -> int:
 
         rehearse(task, find_cluster(required=False), args.config, args.overrides)
         return 0
-    from train_jobs.runs import RunDir
-
     run = RunDir.of(args.config) or RunDir.create(args.config.stem)
-    run.claim()
     if run.config != args.config.absolute():
         run.config.write_text(dump(config))
-    console.out(f"run {run.id}: {run.path}")
-    if args.local:
-        from train_jobs.follow import follow
-        from train_jobs.local import LocalRanks
+    return execute(run, config, args.local is not None, resume=False)
 
-        return follow(run, LocalRanks.start(run, config.run.workers))
-    from train_jobs.launch import launch
 
-    return launch(run, config)
+def execute(run: RunDir, config: FinetuneConfig, local: bool, resume: bool) -> int:
+    """Drive the run from this process until it ends; returns 0."""
+    from train_jobs import attempts
+
+    offset = run.metrics_end()
+    with attempts.claim(run):
+        if local:
+            from train_jobs.follow import follow
+            from train_jobs.local import LocalRanks
+
+            attempts.join(run, None, resume)
+            console.out(f"run {run.id}: {run.path}")
+            ranks = LocalRanks.start(run, config.run.workers, resume)
+            return follow(run, ranks, offset)
+        from train_jobs.launch import launch, submission_id
+
+        attempt = attempts.join(run, submission_id(), resume)
+        console.out(f"run {run.id}: {run.path}")
+        return launch(run, config, attempt, resume)
 
 
 if __name__ == "__main__":

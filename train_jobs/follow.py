@@ -37,17 +37,18 @@ class Job(Protocol):
         """Return how to find it again, or None where it cannot live on alone."""
 
 
-def follow(run: RunDir, job: Job) -> int:
+def follow(run: RunDir, job: Job, offset: int = 0) -> int:
     """Show progress until the run ends; returns 0.
 
-    Ctrl-C asks the run to stop after the step it is in; a second one leaves it alone.
+    ``offset`` is the place in ``metrics.jsonl`` behind what an earlier attempt wrote. Ctrl-C asks
+    the run to stop after the step it is in; a second one leaves it alone.
 
     Raises:
         JobError: the run failed or was stopped; the message names it and where its log lies.
     """
     with display() as show:
         try:
-            _watch(run, job, show, None)
+            _watch(run, job, show, None, offset)
         except KeyboardInterrupt:
             _stop(run, job, show)
     state, result = job.state(), run.read_result()
@@ -56,14 +57,24 @@ def follow(run: RunDir, job: Job) -> int:
         why = job.why()
         told = f"{told}\n{why}" if told and told not in why else why
         run.finish({"status": "failed", "error": told})
-        raise JobError(told)
+        raise JobError(told + way_on(run))
     if result["status"] == "stopped":
         raise JobError(
-            f"run {run.id} was stopped after step {result['steps']}; nothing was published; its "
-            f"checkpoint is in {run.checkpoints}"
+            f"run {run.id} was stopped after step {result['steps']}; nothing was published"
+            f"{way_on(run)}"
         )
     summary(run, result)
     return 0
+
+
+def way_on(run: RunDir) -> str:
+    """Return a line on how to go on from the newest checkpoint; nothing where there is none."""
+    from train_jobs.checkpoint import newest, read_meta
+
+    path, _ = newest(run.checkpoints, deep=False)
+    if path is None:
+        return ""
+    return f"\ngo on from step {read_meta(path).step}: roundhouse train --resume {run.id}"
 
 
 def summary(run: RunDir, result: Mapping[str, Any]) -> None:
@@ -79,12 +90,10 @@ def summary(run: RunDir, result: Mapping[str, Any]) -> None:
     )
 
 
-def _watch(run: RunDir, job: Job, show: Show, limit_s: float | None) -> None:
+def _watch(run: RunDir, job: Job, show: Show, limit_s: float | None, offset: int) -> None:
     """Show each new record until the job has ended, or ``limit_s`` has passed (TimeoutError)."""
-    offset, heard, began = 0, limit_s is not None, time.monotonic()
+    heard, began = limit_s is not None, time.monotonic()
     running_since: float | None = None
-    if limit_s is not None:  # what came before the interruption has been shown
-        offset = run.metrics_end()
     while True:
         state = job.state()
         for record, end in run.read_metrics(offset):
@@ -112,7 +121,8 @@ def _stop(run: RunDir, job: Job, show: Show) -> None:
     more = f"; Ctrl-C again leaves it to itself ({again})" if again else ""
     console.note(f"\nstopping run {run.id} after the step it is in, nothing is published{more}")
     try:
-        _watch(run, job, show, STOP_S)
+        # what came before the interruption has been shown
+        _watch(run, job, show, STOP_S, run.metrics_end())
     except TimeoutError:
         console.note(f"it did not stop within {STOP_S:.0f} s and is ended now")
         job.kill()
@@ -127,7 +137,7 @@ def _stop(run: RunDir, job: Job, show: Show) -> None:
 @contextmanager
 def display() -> Iterator[Show]:
     """Yield what shows one record of ``metrics.jsonl``."""
-    if console.is_plain():
+    if console.is_plain() or console.is_json():
         yield lambda record: console.out(line(record))
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -164,6 +174,7 @@ def line(record: Mapping[str, Any]) -> str:
             return (
                 f"{record['world']} ranks ready in {record['seconds']:.0f} s: {record['engine']}, "
                 f"ZeRO {record['zero_stage']}, {record['dtype']} on {record['device']}; "
+                f"{_trained(record)}"
                 f"{record['rows']} rows, {record['tokens']} tokens ({record['trained_tokens']} "
                 f"trained), {record['steps']} steps"
             )
@@ -171,10 +182,21 @@ def line(record: Mapping[str, Any]) -> str:
             return f"held-out loss {record['when']}: {record['loss']:.4f}"
         case "checkpoint":
             return f"checkpoint at step {record['step']}: {record['path']}"
+        case "resumed":
+            return f"resumed from the checkpoint of step {record['step']}"
+        case "skipped":
+            return f"passed over as torn: {'; '.join(record['checkpoints'])}"
         case "published":
             return f"published {record['ref']}"
         case other:
             return str(other)
+
+
+def _trained(record: Mapping[str, Any]) -> str:
+    if record["trainable"] == record["parameters"]:
+        return ""
+    trainable, all_of = record["trainable"] / 1e6, record["parameters"] / 1e6
+    return f"an adapter of {trainable:.1f} beside {all_of - trainable:.0f} million parameters; "
 
 
 def duration(seconds: float) -> str:

@@ -151,7 +151,7 @@ def seed_everything(seed: int) -> None:
 
 
 def open_engine(model: Any, rendered: dict[str, Any], optim: Optim) -> Any:
-    """Hand a model to DeepSpeed with our own AdamW.
+    """Hand a model to DeepSpeed with our own AdamW over what asks for gradients.
 
     A client optimiser: DeepSpeed's own "AdamW" compiles C++ or CUDA at run time.
     """
@@ -159,7 +159,7 @@ def open_engine(model: Any, rendered: dict[str, Any], optim: Optim) -> Any:
     import torch
 
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=optim.lr,
         betas=optim.betas,
         weight_decay=optim.weight_decay,

@@ -7,13 +7,15 @@ group that `train_jobs.group` makes in two lines.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from typing import Any
 
 from cluster.errors import JobError, NotEnough, RoundhouseError
 from cluster.resources import Demand
-from cluster.session import connect
+from cluster.session import IN_JOB, connect
+from train_jobs.attempts import Attempt
 from train_jobs.config import FinetuneConfig
 from train_jobs.plan import demand
 from train_jobs.runs import RunDir
@@ -39,23 +41,23 @@ KEEP_FREED_MEMORY = {
 in a thread, whose own arena of glibc's would go on giving its memory back."""
 
 
-def launch(run: RunDir, config: FinetuneConfig) -> int:
+def launch(run: RunDir, config: FinetuneConfig, attempt: Attempt, resume: bool) -> int:
     """Run all ranks on the cluster and wait for them; returns 0.
 
     Raises:
         JobError: a rank failed; ``result.json`` says the same.
     """
     try:
-        _fit(run, config)
+        _fit(run, config, attempt.name(run), resume)
     except RoundhouseError as error:
         run.finish({"status": "failed", "error": str(error)})
         raise
     return 0
 
 
-def _fit(run: RunDir, config: FinetuneConfig) -> None:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+def _fit(run: RunDir, config: FinetuneConfig, name: str, resume: bool) -> None:
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     connect()
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -66,23 +68,29 @@ def _fit(run: RunDir, config: FinetuneConfig) -> None:
         resources["GPU"] = config.run.num_gpus
     trainer = DataParallelTrainer(
         train,
-        train_loop_config={"run": str(run.path), "revision": code_revision()},
+        train_loop_config={
+            "run": str(run.path),
+            "revision": code_revision(),
+            "resume": resume,
+        },
         scaling_config=ScalingConfig(
             num_workers=config.run.workers,
             use_gpu=bool(config.run.num_gpus),
             resources_per_worker=resources,
         ),
         run_config=RunConfig(
-            name=run.id,
+            name=name,
             storage_path=str(run.path / "ray"),
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=config.run.max_failures),
             worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},
         ),
     )
     try:
-        trainer.fit()
+        told = trainer.fit().return_value
     except TrainingFailedError as error:
         raise JobError(cause(run, error)) from error
+    if isinstance(told, dict) and told["status"] == "failed":
+        raise JobError(told["error"])
 
 
 def wait_for_room(wanted: Demand) -> None:
@@ -106,6 +114,13 @@ def wait_for_room(wanted: Demand) -> None:
                 "(`roundhouse status` shows it) or lower run.workers or run.num_cpus"
             )
         time.sleep(0.5)
+
+
+def submission_id() -> str | None:
+    """Return Ray's id of the submitted job that this process drives; None outside of one."""
+    told = json.loads(os.environ.get(IN_JOB, "{}"))
+    found = told.get("metadata", {}).get("job_submission_id")
+    return str(found) if found else None
 
 
 def code_revision() -> str | None:

@@ -27,16 +27,19 @@ class LocalRanks:
         self._failed: int | None = None
 
     @classmethod
-    def start(cls, run: RunDir, workers: int) -> LocalRanks:
-        """Start all ranks; they meet on a free port of the loopback."""
+    def start(cls, run: RunDir, workers: int, resume: bool = False) -> LocalRanks:
+        """Start all ranks; they meet on a free port of the loopback.
+
+        With ``resume`` they go on from the run's newest checkpoint, and must find one.
+        """
         address = free_address()
         ranks = []
         for rank in range(workers):
-            with _log(run, rank).open("wb") as log:
+            with _log(run, rank).open("ab" if resume else "wb") as log:
                 ranks.append(
                     subprocess.Popen(
                         [sys.executable, "-m", "train_jobs.local", str(run.path)]
-                        + [str(rank), str(workers), address],
+                        + [str(rank), str(workers), address, *(["resume"] if resume else [])],
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         cwd=code_root(),
@@ -85,6 +88,11 @@ class LocalRanks:
         """Plain processes end with the command that started them."""
 
 
+def logs(run: RunDir) -> list[Path]:
+    """Return what the ranks of plain processes wrote, rank by rank."""
+    return sorted(run.path.glob("rank-*.log"))
+
+
 def _log(run: RunDir, rank: int) -> Path:
     return run.path / f"rank-{rank}.log"
 
@@ -101,7 +109,7 @@ def die_with_parent() -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Be one rank: ``RUN_FOLDER RANK SIZE HOST:PORT``."""
+    """Be one rank: ``RUN_FOLDER RANK SIZE HOST:PORT [resume]``."""
     from cluster.errors import RoundhouseError
     from train_jobs.ports import PlainWorld
     from train_jobs.rank import run_rank
@@ -110,7 +118,7 @@ def main(argv: list[str]) -> int:
     run, rank, size = RunDir(Path(argv[0])), int(argv[1]), int(argv[2])
     place = Place(rank, size, rank, size, argv[3])
     try:
-        run_rank(run, place, PlainWorld(rank, size, run), revision=None)
+        run_rank(run, place, PlainWorld(rank, size, run), None, resume="resume" in argv[4:])
     except RoundhouseError as error:
         sys.stderr.write(f"{error}\n")
         return 1

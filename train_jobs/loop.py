@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import JobError
@@ -20,20 +19,8 @@ from train_jobs.data.dataset import Dataset, Document, trained_in
 from train_jobs.data.order import Order
 from train_jobs.objectives.sft import collate, nll_sum
 from train_jobs.ports import World, sum_over_ranks
+from train_jobs.progress import START, Progress
 from train_jobs.schedule import lr_at
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands after its last optimiser step."""
-
-    step: int
-    stopped: bool
-    tokens: int
-    trained_tokens: int
-    seconds: float
-    loss: float | None
-    """Of the last step."""
 
 
 def train(
@@ -42,29 +29,29 @@ def train(
     data: Dataset,
     order: Order,
     world: World,
-    save: Callable[[int, Mapping[str, float]], None],
-    first: int = 0,
+    save: Callable[[Progress, Mapping[str, float]], None],
+    since: Progress = START,
 ) -> Progress:
-    """Run the optimiser steps from ``first`` on; returns where it ended.
+    """Run the optimiser steps after ``since``; returns where it ended.
 
-    ``save(step, metrics)`` is called on every rank after each ``run.save_every`` steps.
+    ``save(progress, metrics)`` is called on every rank after each ``run.save_every`` steps. What
+    is random in a step depends on the seed, the step and the rank alone.
 
     Raises:
         JobError: a loss or a gradient norm is not finite. Every rank raises the same words, so
             none is left waiting in a collective, and nothing is saved after it.
     """
     engine.train()
-    started, done_tokens, done_trained = time.monotonic(), 0, 0
-    loss: float | None = None
-    step, stopped = first, False
-    while step < order.steps and not stopped:
-        began = time.monotonic()
+    started, progress = time.monotonic(), since
+    while progress.step < order.steps and not progress.stopped:
+        began, step = time.monotonic(), progress.step
+        seed_step(config.run.seed, step, world.rank)
         lr = lr_at(step, order.steps, config.optim)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         batch = list(documents_of(data, order.step(step)))
         tokens = trained_in(batch)
-        summed, whole = 0.0, None
+        summed, whole, stopped = 0.0, None, False
         shares = [
             order.micro_batches(step, rank, world.size, config.batch.micro)
             for rank in range(world.size)
@@ -80,23 +67,36 @@ def train(
         norm = float(engine.get_global_grad_norm() or 0.0) if whole is None else whole
         if not math.isfinite(norm):
             raise JobError(f"step {step + 1}: the gradient norm is {norm}; lower optim.lr")
-        step, loss = step + 1, summed / tokens
-        done_tokens += sum(len(document.ids) for document in batch)
-        done_trained += tokens
         now = time.monotonic()
+        progress = Progress(
+            step=step + 1,
+            tokens=progress.tokens + sum(len(document.ids) for document in batch),
+            trained_tokens=progress.trained_tokens + tokens,
+            seconds=since.seconds + now - started,
+            loss=summed / tokens,
+            stopped=stopped,
+        )
         metrics = {
-            "loss": loss,
+            "loss": summed / tokens,
             "lr": lr,
             "grad_norm": norm,
-            "tokens_per_s": done_tokens / (now - started),
+            "tokens_per_s": (progress.tokens - since.tokens) / (now - started),
             "trained_tokens": tokens,
             "step_s": now - began,
-            "eta_s": (order.steps - step) * (now - started) / (step - first),
+            "eta_s": (order.steps - step - 1) * (now - started) / (step + 1 - since.step),
         }
-        world.report({"step": step, "steps": order.steps, **metrics})
-        if config.run.save_every and step % config.run.save_every == 0:
-            save(step, metrics)
-    return Progress(step, stopped, done_tokens, done_trained, time.monotonic() - started, loss)
+        world.report({"step": step + 1, "steps": order.steps, **metrics})
+        every = config.run.save_every
+        if stopped or (every and progress.step % every == 0):
+            save(progress, metrics)
+    return progress
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch for one step of one rank, for dropout: a resumed run then draws the same."""
+    import torch
+
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
 
 
 def documents_of(data: Dataset, rows: Sequence[int | None]) -> Iterable[Document]:
@@ -149,6 +149,8 @@ def check_engine(engine: Any, config: FinetuneConfig, dtype: str, world: World) 
         "clip": engine.gradient_clipping(),
         "dtype": str(next(engine.module.parameters()).dtype).removeprefix("torch."),
         "accumulate": engine.gradient_accumulation_steps(),
+        "parameters": count(engine.module.parameters()),
+        "trainable": count(p for p in engine.module.parameters() if p.requires_grad),
     }
     asked = {
         "engine": "DeepSpeedEngine",
@@ -162,6 +164,11 @@ def check_engine(engine: Any, config: FinetuneConfig, dtype: str, world: World) 
     if wrong := {key: found[key] for key in asked if found[key] != asked[key]}:
         raise JobError(f"DeepSpeed runs {wrong}, the configuration asks for {asked}")
     return found
+
+
+def count(parameters: Iterable[Any]) -> int:
+    """Return the elements of ``parameters``, whole ones also where ZeRO 3 divides them."""
+    return sum(getattr(p, "ds_numel", None) or p.numel() for p in parameters)
 
 
 def client_optimizer(engine: Any) -> Any:

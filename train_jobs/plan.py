@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,11 @@ from cluster.errors import ConfigError
 from cluster.library.store import Library
 from cluster.package import code_root
 from cluster.resources import GIB, Demand, Node, plan
+from train_jobs.adapters import added_parameters
 from train_jobs.config import FinetuneConfig
+from train_jobs.data.preview import told as sentence
+from train_jobs.data.preview import totals
+from train_jobs.estimate import of_rank
 from train_jobs.task import Task
 
 if TYPE_CHECKING:
@@ -53,60 +57,69 @@ def job_command(config_path: Path, overrides: Sequence[str] = ()) -> str:
 
 def submit_line(cluster: Cluster | None, config_path: Path, overrides: Sequence[str] = ()) -> str:
     """Return the line that does by hand what ``roundhouse train`` does."""
+    return hand_line(cluster, job_command(config_path, overrides))
+
+
+def hand_line(cluster: Cluster | None, entrypoint: str) -> str:
+    """Return the ``ray job submit`` of an entrypoint."""
     root = code_root()
     line = shlex.join(["--working-dir", "." if Path.cwd() == root else str(root)])
     if cluster is None:
-        return f"ray job submit {line} -- {job_command(config_path, overrides)}"
+        return f"ray job submit {line} -- {entrypoint}"
     token = shlex.quote(str(cluster.token_file))
     return (
         f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token} ray job submit "
-        f"--address {cluster.dashboard} {line} -- {job_command(config_path, overrides)}"
+        f"--address {cluster.dashboard} {line} -- {entrypoint}"
     )
 
 
-def memory_of_rank(parameters: int, config: FinetuneConfig) -> int:
-    """Return about how many bytes one rank will hold; an estimate, for people.
-
-    Weights and gradients whole (4 bytes each in float32), the optimiser's master copy and two
-    moments divided over the ranks by ZeRO 2, one gathered copy, and 1.5 GB for libraries,
-    buckets and activations.
-    """
-    shards = config.run.workers if config.zero else 1
-    return int(parameters * (4 + 4 + 4 + 12 / shards) + 1.5e9)
-
-
-def describe(task: Task, nodes: Sequence[Node] | None, line: str) -> str:
-    """Return the text of ``--dry-run``: resolved configuration, data, plan, and ``line``.
+def rehearsal(task: Task, nodes: Sequence[Node] | None, line: str) -> dict[str, Any]:
+    """Return what ``--dry-run`` tells: resolved configuration, data, memory, plan, and ``line``.
 
     ``line`` is what `submit_line` gave; ``nodes`` is None where no cluster runs.
     """
-    config, data = task.config, task.train
-    device = "cuda" if config.run.num_gpus else "cpu"
+    config, device = task.config, "cuda" if task.config.run.num_gpus else "cpu"
     dtype = resolve_dtype(config.run.dtype, device)
-    told: dict[str, Any] = {
-        "resolved configuration": config.model_dump(mode="json"),
+    placed = None if nodes is None else plan([demand(config)], nodes)
+    trainable = None
+    if config.adapter:
+        trainable = added_parameters(config.adapter, task.base.path)
+    memory = of_rank(config, task.base.manifest.architecture, task.train, dtype, trainable)
+    return {
+        "config": config.model_dump(mode="json"),
         "deepspeed": config.deepspeed(dtype, on_gpu=device != "cpu"),
+        "data": totals(task.train),
+        "heldout": totals(task.heldout) if task.heldout else None,
+        "steps": task.order.steps,
+        "tokens": round(task.train.tokens * task.order.epochs_done),
+        "dtype": dtype,
+        "workers": config.run.workers,
+        "memory_of_rank": memory,
+        "fits": placed.fits if placed else None,
+        "plan": str(placed) if placed else "no cluster runs; `roundhouse up` starts one",
+        "submit": line,
     }
-    lines = [f"{title}:\n{json.dumps(value, indent=2)}" for title, value in told.items()]
-    lines.append(
-        f"data: {data.documents} dialogues ({data.empty} left out) in {len(data.rows)} rows of up "
-        f"to {data.max_len} tokens, {data.fill:.0%} full; {data.tokens} tokens, "
-        f"{data.trained_tokens} of them trained"
-    )
-    if task.heldout:
-        held = task.heldout
-        lines.append(f"held out: {held.documents} dialogues, {held.trained_tokens} trained tokens")
-    tokens = data.tokens * task.order.epochs_done
-    lines.append(f"steps: {task.order.steps}, some {tokens:.0f} tokens in all, in {dtype}")
-    if parameters := task.base.manifest.architecture.parameters:
-        size = memory_of_rank(parameters, config) / GIB
-        lines.append(f"memory: about {size:.1f} GiB for each of {config.run.workers} ranks")
-    if nodes is None:
-        lines.append("plan: no cluster runs; `roundhouse up` starts one")
-    else:
-        lines.append(f"plan: {plan([demand(config)], nodes)}")
-    lines.append(f"by hand: {line}")
-    return "\n".join(lines)
+
+
+def describe(told: Mapping[str, Any]) -> str:
+    """Return a rehearsal as text for people."""
+    lines = [
+        f"resolved configuration:\n{json.dumps(told['config'], indent=2)}",
+        f"deepspeed:\n{json.dumps(told['deepspeed'], indent=2)}",
+        f"data: {sentence(told['data'])}",
+    ]
+    if held := told["heldout"]:
+        lines.append(
+            f"held out: {held['dialogues']} dialogues, {held['trained_tokens']} trained tokens"
+        )
+    lines.append(f"steps: {told['steps']}, some {told['tokens']} tokens in all, in {told['dtype']}")
+    if memory := told["memory_of_rank"]:
+        parts = ", ".join(f"{what} {size / GIB:.1f}" for what, size in memory.items())
+        lines.append(
+            f"memory: about {sum(memory.values()) / GIB:.1f} GiB for each of {told['workers']} "
+            f"ranks ({parts})"
+        )
+    return "\n".join([*lines, f"plan: {told['plan']}", f"by hand: {told['submit']}"])
 
 
 def _file(named: Path, folder: Path, config: Path, field: str) -> Path:

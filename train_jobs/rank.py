@@ -3,66 +3,107 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import load
+from cluster.errors import JobError
+from train_jobs import attempts, checkpoint
 from train_jobs.config import FinetuneConfig
 from train_jobs.group import Device, Place
 from train_jobs.ports import World
+from train_jobs.progress import START, Progress
 from train_jobs.runs import RunDir
 from train_jobs.task import Task, config_hash
 
 if TYPE_CHECKING:
     from cluster.library.manifest import Facts
-    from train_jobs.loop import Progress
 
 
-def run_rank(run: RunDir, place: Place, world: World, revision: str | None) -> dict[str, Any]:
+def run_rank(
+    run: RunDir, place: Place, world: World, revision: str | None, resume: bool = False
+) -> dict[str, Any]:
     """Join the group, train, evaluate, publish; returns the result that rank 0 wrote down.
 
-    ``revision`` is the hash of the code package that runs, None outside the cluster.
+    ``revision`` is the hash of the code package that runs, None outside the cluster. With a whole
+    checkpoint in the run's folder it goes on from there; ``resume`` refuses to do without.
     """
     started = time.monotonic()
     config = load(run.config, FinetuneConfig)
     from train_jobs import group
 
     group.prepare(place, config.run)  # before torch and deepspeed are imported
-    device = group.join(place, config.run)
-    try:
-        group.quiet()
-        result = _run(Task.load(config), run, world, device, revision, started)
-    finally:
-        group.leave()
+    with attempts.writer(run, place.rank):
+        device = group.join(place, config.run)
+        try:
+            group.quiet()
+            found = find_checkpoint(run, config, world, resume)
+            result = _run(Task.load(config), run, world, device, revision, found, started)
+        finally:
+            group.leave()
     return result
 
 
+def find_checkpoint(
+    run: RunDir, config: FinetuneConfig, world: World, required: bool
+) -> tuple[Path, checkpoint.Meta] | None:
+    """Return the newest whole checkpoint as rank 0 finds it, and report what was passed over.
+
+    Raises:
+        JobError: ``required``, and there is none; or it belongs to another configuration. On
+            every rank alike.
+    """
+    import torch.distributed as dist
+
+    if world.rank == 0:
+        run.mend_metrics()
+    told: list[Any] = [checkpoint.newest(run.checkpoints) if world.rank == 0 else None]
+    dist.broadcast_object_list(told)
+    path, passed = told[0]
+    if passed:
+        world.report({"event": "skipped", "checkpoints": passed})
+    if path is None:
+        if required:
+            raise JobError(run.without_checkpoint(passed))
+        return None
+    meta = checkpoint.read_meta(path)
+    checkpoint.check(path, meta, world.size, config.model_dump(mode="json"))
+    return path, meta
+
+
 def _run(
-    task: Task, run: RunDir, world: World, device: Device, revision: str | None, started: float
+    task: Task,
+    run: RunDir,
+    world: World,
+    device: Device,
+    revision: str | None,
+    found: tuple[Path, checkpoint.Meta] | None,
+    started: float,
 ) -> dict[str, Any]:
-    fit = Fit.begin(task, run, world, device, started)
-    losses = fit.evaluate("before")
+    fit = Fit.begin(task, run, world, device, found, started)
+    if not fit.losses:
+        fit.evaluate("before")
     progress = fit.train()
     published = None
-    if progress.stopped:
-        fit.save(progress.step, {})
-    else:
-        losses |= fit.evaluate("after")
-        published = fit.publish(losses, revision) if world.rank == 0 else None
+    if not progress.stopped:
+        fit.evaluate("after")
+        published = fit.publish(revision)
     result = {
         "status": "stopped" if progress.stopped else "succeeded",
         "base": task.base.ref,
         "published": published,
         "steps": progress.step,
-        **losses,
+        **fit.losses,
         "loss": progress.loss,
         "tokens": progress.tokens,
         "trained_tokens": progress.trained_tokens,
         "tokens_per_s": round(progress.tokens / progress.seconds, 1),
         "train_seconds": round(progress.seconds, 1),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(fit.seconds, 1),
+        "resumed_from": fit.since.step or None,
         "engine": fit.record,
     }
     if world.rank == 0:
@@ -70,7 +111,7 @@ def _run(
     return result
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fit:
     """One rank with its engine: what a run does, one verb each. Every rank calls every verb."""
 
@@ -80,18 +121,33 @@ class Fit:
     engine: Any
     record: Mapping[str, Any]
     """What DeepSpeed really runs, checked against the configuration."""
+    started: float
+    """When this process began, on the monotonic clock."""
+    since: Progress
+    """Where the run stood then."""
+    seconds_before: float
+    """Seconds of earlier processes, up to the checkpoint."""
+    losses: dict[str, float]
+    """Held-out losses so far."""
 
     @classmethod
-    def begin(cls, task: Task, run: RunDir, world: World, device: Device, started: float) -> Fit:
-        """Load the base into an engine, and report that this is done."""
-        from train_jobs.group import open_engine, seed_everything
+    def begin(
+        cls,
+        task: Task,
+        run: RunDir,
+        world: World,
+        device: Device,
+        found: tuple[Path, checkpoint.Meta] | None,
+        started: float,
+    ) -> Fit:
+        """Load the base, and a checkpoint if one was found, into an engine; report it."""
         from train_jobs.loop import check_engine
 
         config = task.config
-        seed_everything(config.run.seed)
-        rendered = config.deepspeed(device.dtype, on_gpu=device.name != "cpu")
-        engine = open_engine(load_model(task.base.path, device), rendered, config.optim)
+        engine = build_engine(task.base.path, config, device)
         record = check_engine(engine, config, device.dtype, world)
+        if found:
+            checkpoint.load(engine, found[0], adapter=config.adapter is not None)
         data = {
             "steps": task.order.steps,
             "rows": len(task.train.rows),
@@ -101,71 +157,136 @@ class Fit:
         seconds = round(time.monotonic() - started, 1)
         ready = {"event": "ready", "device": device.name, "seconds": seconds}
         world.report({**ready, **record, **data})
-        return cls(task, run, world, engine, record)
+        if not found:
+            return cls(task, run, world, engine, record, started, START, 0.0, {})
+        path, meta = found
+        world.report({"event": "resumed", "step": meta.step, "path": str(path)})
+        since, losses = meta.progress, dict(meta.losses)
+        return cls(task, run, world, engine, record, started, since, meta.seconds, losses)
+
+    @property
+    def seconds(self) -> float:
+        """Of all processes that worked on the run so far."""
+        return self.seconds_before + time.monotonic() - self.started
 
     def train(self) -> Progress:
-        """Run the optimiser's steps."""
+        """Run the optimiser's steps that are left."""
         from train_jobs.loop import train
 
         task = self.task
-        return train(self.engine, task.config, task.train, task.order, self.world, self.save)
+        return train(
+            self.engine, task.config, task.train, task.order, self.world, self.save, self.since
+        )
 
-    def evaluate(self, when: str) -> dict[str, float]:
+    def evaluate(self, when: str) -> None:
         """Measure the held-out rows, if there are any."""
         from train_jobs.evaluate import heldout_loss
 
         if self.task.heldout is None:
-            return {}
+            return
         loss = heldout_loss(self.engine, self.task.heldout, self.world)
         self.world.report({"event": "evaluated", "when": when, "loss": loss})
-        return {f"heldout_loss_{when}": loss}
+        self.losses[f"heldout_loss_{when}"] = loss
 
-    def save(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write a checkpoint after ``step`` steps, and announce it."""
-        from train_jobs import checkpoint
-
+    def save(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        """Write a checkpoint, and announce it."""
         config = self.task.config
-        meta = checkpoint.Meta(step, self.world.size, config.zero, config_hash(config))
-        path = checkpoint.save(self.engine, self.run.checkpoints, meta, self.world)
-        self.world.saved(path, {"step": step, **metrics})
+        meta = checkpoint.Meta(
+            # whoever goes on from here has not been asked to stop
+            progress=replace(progress, stopped=False),
+            world=self.world.size,
+            zero=config.zero,
+            config=config.model_dump(mode="json"),
+            losses=dict(self.losses),
+            seconds=self.seconds,
+        )
+        adapter = config.adapter is not None
+        path = checkpoint.save(
+            self.engine, self.run.checkpoints, meta, self.world, config.run.keep, adapter
+        )
+        self.world.saved(path, {"step": progress.step, **metrics})
 
-    def publish(self, losses: Mapping[str, float], revision: str | None) -> str:
-        """Add the model to the library; rank 0 alone calls it. Returns ``name@number``."""
+    def publish(self, revision: str | None) -> str | None:
+        """Add the model to the library. Returns ``name@number`` on rank 0, None on the others."""
         from train_jobs.export import publish
 
-        facts = lineage(self.task, self.run, losses, revision)
-        name = self.task.config.publish.name or self.task.base.name
-        version = publish(self.engine, self.task.base, name, self.run.path / "export", facts)
+        config = self.task.config
+        facts = lineage(self.task, self.run, self.losses, revision)
+        name, staging = config.publish.name or self.task.base.name, self.run.path / "export"
+        version = publish(
+            self.engine,
+            self.task.base,
+            name,
+            staging,
+            facts,
+            self.world.rank,
+            adapter=config.adapter is not None,
+        )
+        if version is None:
+            return None
         self.world.report({"event": "published", "ref": version.ref})
         return version.ref
 
 
-def load_model(base: Path, device: Device) -> Any:
-    """Load the base in the run's number format, with packed attention, on the run's device."""
+def build_engine(base: Path, config: FinetuneConfig, device: Device) -> Any:
+    """Return DeepSpeed's engine around the base, with its adapter and packed attention."""
+    from train_jobs.adapters import attach, inner
+    from train_jobs.attention import use_packed_attention
+    from train_jobs.group import open_engine, seed_everything
+
+    rendered = config.deepspeed(device.dtype, on_gpu=device.name != "cpu")
+    seed_everything(config.run.seed)
+    model = load_model(base, device, rendered)
+    if config.adapter:
+        model = attach(model, config.adapter)
+    engine = open_engine(model, rendered, config.optim)
+    # ZeRO 3 can run a model only once the engine is there to gather its parameters
+    use_packed_attention(inner(engine.module))
+    return engine
+
+
+def load_model(base: Path, device: Device, rendered: Mapping[str, Any]) -> Any:
+    """Load the base in the run's number format on the run's device, divided under ZeRO 3."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from train_jobs.attention import use_packed_attention
+    with divided(rendered):
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            # always said: the default is the file's own format, and DeepSpeed does not check
+            dtype=getattr(torch, device.dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    return model.to(device.name)
 
-    model = AutoModelForCausalLM.from_pretrained(
-        base,
-        # always said: the default is the file's own format, and DeepSpeed does not check
-        dtype=getattr(torch, device.dtype),
-        trust_remote_code=False,
-        use_safetensors=True,
-    ).to(device.name)
-    use_packed_attention(model)
-    return model
+
+@contextmanager
+def divided(rendered: Mapping[str, Any]) -> Iterator[None]:
+    """Have transformers divide what it loads meanwhile over the ranks, if ZeRO 3 is asked for."""
+    if rendered["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers knows this object by a weak reference: it counts for as long as it is held
+    held = HfDeepSpeedConfig(dict(rendered))
+    yield
+    del held
 
 
 def lineage(task: Task, run: RunDir, losses: Mapping[str, float], revision: str | None) -> Facts:
     """Return what the library is to remember of this run."""
     from cluster.library.manifest import Facts, Lineage
+    from train_jobs.adapters import note
 
     hashes = {task.config.data.train.name: task.train.sha256}
     if task.heldout and task.config.data.heldout:
         hashes[task.config.data.heldout.name] = task.heldout.sha256
-    old = task.base.manifest
+    old, adapter = task.base.manifest, task.config.adapter
+    made = [f"fine-tuned from {task.base.ref} by {run.id}"]
+    if adapter:
+        made.append(note(adapter))
     return Facts(
         base=task.base.ref,
         lineage=Lineage(
@@ -176,5 +297,5 @@ def lineage(task: Task, run: RunDir, losses: Mapping[str, float], revision: str 
         ),
         metrics=dict(losses),
         licence=old.licence,
-        notes=(*old.notes, f"fine-tuned from {task.base.ref} by {run.id}"),
+        notes=(*old.notes, *made),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import JobError
 from train_jobs.group import Place, free_address
 from train_jobs.ports import RayWorld
 from train_jobs.rank import run_rank
@@ -12,7 +13,11 @@ from train_jobs.runs import RunDir
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
-    """Find this worker's place, let rank 0 tell its address, and run."""
+    """Find this worker's place, let rank 0 tell its address, and run.
+
+    What all ranks find alike, a JobError, is returned as the result: Ray Train would take it for
+    a failure that another attempt may mend, and find it again ``run.max_failures`` times.
+    """
     import ray.train
     import ray.util
     from ray.train.collective import broadcast_from_rank_zero
@@ -28,4 +33,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         address=broadcast_from_rank_zero(own),
     )
     run = RunDir(Path(spec["run"]))
-    return run_rank(run, place, RayWorld(rank, size, run), spec["revision"])
+    try:
+        return run_rank(run, place, RayWorld(rank, size, run), spec["revision"], spec["resume"])
+    except JobError as error:
+        return {"status": "failed", "error": f"run {run.id}: rank {rank} failed: {error}"}

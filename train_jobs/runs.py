@@ -6,14 +6,16 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cluster import home
-from cluster.errors import JobError
+from cluster.errors import ConfigError
+
+TAIL_BYTES = 65536
 
 
 def new_id(stem: str, now: datetime | None = None, tail: str | None = None) -> str:
@@ -50,15 +52,22 @@ class RunDir:
         path = config.absolute()
         return cls(path.parent) if path.parent.parent == home.runs_dir() else None
 
-    def claim(self) -> None:
-        """Take the run for this process; JobError when another took it, or it has ended."""
-        try:
-            (self.path / "claimed").touch(exist_ok=False)
-        except FileExistsError:
-            raise JobError(
-                f"run {self.id} was started before ({self.path}); start a new one with "
-                "`roundhouse train` and your own config file"
-            ) from None
+    @classmethod
+    def find(cls, name: str) -> RunDir:
+        """Return the run of that id; ConfigError names those there are."""
+        known = sorted(
+            (path.parent for path in home.runs_dir().glob("*/config.json")),
+            key=lambda path: path.stat().st_mtime,
+            reverse=True,
+        )
+        for path in known:
+            if path.name == name:
+                return cls(path)
+        newest = ", ".join(path.name for path in known[:5])
+        raise ConfigError(
+            f"no run {name!r:.80}; "
+            + (f"the newest are {newest}" if newest else f"{home.runs_dir()} holds no run yet")
+        )
 
     @property
     def id(self) -> str:
@@ -90,11 +99,29 @@ class RunDir:
         """Its existence asks the run to end after the step it is in."""
         return self.path / "stop"
 
+    def without_checkpoint(self, passed: Sequence[str] = ()) -> str:
+        """Return why the run cannot go on, and what to do instead."""
+        torn = f" ({'; '.join(passed)})" if passed else ""
+        return (
+            f"run {self.id} has no whole checkpoint in {self.checkpoints}{torn}; start it anew "
+            f"with `roundhouse train {self.config}`, and set run.save_every so that the next one "
+            "has some"
+        )
+
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one line to ``metrics.jsonl``; a reader sees whole lines only."""
         line = json.dumps({"time": round(time.time(), 3), **record}) + "\n"
         with self.metrics.open("a") as file:
             file.write(line)
+
+    def mend_metrics(self) -> None:
+        """Cut off a last line that a killed rank 0 did not finish."""
+        try:
+            size = self.metrics.stat().st_size
+        except FileNotFoundError:
+            return
+        if (whole := self.metrics_end()) < size:
+            os.truncate(self.metrics, whole)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write ``result.json`` by rename."""
@@ -109,6 +136,21 @@ class RunDir:
         except FileNotFoundError:
             return None
         return found
+
+    def last_step(self) -> dict[str, Any] | None:
+        """Return the newest record of a step, looking at the end of the file only."""
+        try:
+            start = max(0, self.metrics.stat().st_size - TAIL_BYTES)
+            with self.metrics.open("rb") as file:
+                file.seek(start)
+                lines = file.read().splitlines(keepends=True)[1 if start else 0 :]
+        except FileNotFoundError:
+            return None
+        for line in reversed(lines):
+            record: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {}
+            if "step" in record and "steps" in record and "event" not in record:
+                return record
+        return None
 
     def metrics_end(self) -> int:
         """Return the offset behind the last whole line so far."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 
 from cluster.config import dump
+from cluster.errors import ConfigError
 from cluster.library.store import Library, Version
 from cluster.text.chat import ChatText
+from train_jobs.adapters import check_targets
 from train_jobs.config import FinetuneConfig
 from train_jobs.data.dataset import Dataset, load_dataset
 from train_jobs.data.order import Order
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,12 @@ class Task:
 
     @classmethod
     def load(cls, config: FinetuneConfig) -> Task:
-        """Read the base's tokenizer and the data; ConfigError names the file and the line."""
+        """Read the base's tokenizer and the data; ConfigError names the file and the line.
+
+        Also ConfigError for a base that cannot be trained as the configuration asks.
+        """
         base = Library().resolve(config.model)
+        check_base(config, base)
         text = ChatText.load(base.path)
         data = load_dataset(config.data.train, config.data, text)
         heldout = config.data.heldout
@@ -42,6 +51,20 @@ class Task:
                 epochs=config.run.epochs,
                 max_steps=config.run.steps,
             ),
+        )
+
+
+def check_base(config: FinetuneConfig, base: Version) -> None:
+    """Refuse what this base cannot do, from its headers alone."""
+    if config.adapter:
+        check_targets(config.adapter, base.path)
+    facts = json.loads((base.path / "config.json").read_text())
+    experts = [key for key in EXPERTS if isinstance(facts.get(key), int) and facts[key] > 1]
+    if config.zero == 3 and experts:
+        raise ConfigError(
+            f"zero: 3 with {base.ref}: it is a mixture of experts ({experts[0]}="
+            f"{facts[experts[0]]}), whose layers DeepSpeed's stage 3 gathers differently on each "
+            "rank, and waits for ever; use zero: 2"
         )
 
 

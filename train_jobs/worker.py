@@ -6,7 +6,7 @@ from typing import Any
 
 
 def train(spec: dict[str, Any]) -> dict[str, Any]:
-    """Be one rank of the run in ``spec``: ``run`` (its folder) and ``revision``."""
+    """Be one rank of the run in ``spec``: ``run`` (its folder), ``revision``, ``resume``."""
     from train_jobs.ray_rank import main
 
     return main(spec)

@@ -50,7 +50,7 @@ def assert_same_curve(found: dict[str, Any], expected: dict[str, Any]) -> None:
         np.testing.assert_allclose(found["parameters"][name], value, atol=2e-4, err_msg=name)
 
 
-@pytest.mark.parametrize(("zero", "micro"), [(2, 1), (2, 2), (0, 1)])
+@pytest.mark.parametrize(("zero", "micro"), [(0, 1), (1, 1), (2, 1), (2, 2), (3, 1), (3, 2)])
 def test_tc02_tc04_two_ranks_give_the_curve_of_one_process(
     two: Ranks, base: Path, data: Dataset, reference: dict[str, Any], zero: int, micro: int
 ) -> None:

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 from train_jobs import checkpoint, loop
+from train_jobs.adapters import merged
 from train_jobs.config import FinetuneConfig
 from train_jobs.data.dataset import Dataset
 from train_jobs.data.order import Order
 from train_jobs.evaluate import heldout_loss
-from train_jobs.export import write_model
-from train_jobs.group import Device, Place, open_engine, seed_everything
+from train_jobs.export import gathered, live_tensors, write_model
+from train_jobs.group import Device, Place
 from train_jobs.ports import PlainWorld
-from train_jobs.rank import load_model
+from train_jobs.progress import START, Progress
+from train_jobs.rank import build_engine
 from train_jobs.runs import RunDir
 
 
@@ -45,14 +47,44 @@ class Session:
         self.world = Recorder(place.rank, place.size, self.records)
         run = self.config.run
         self.order = Order(len(data.rows), self.config.batch.total, run.seed, run.epochs, run.steps)
-        seed_everything(0)
-        model = load_model(base, Device("cpu", "float32"))
-        self.engine = open_engine(
-            model, self.config.deepspeed("float32", on_gpu=False), self.config.optim
-        )
+        self.engine = build_engine(base, self.config, Device("cpu", "float32"))
 
-    def train(self, save: Any = lambda step, metrics: None, first: int = 0) -> loop.Progress:
-        return loop.train(self.engine, self.config, self.data, self.order, self.world, save, first)
+    def train(
+        self, save: Any = lambda progress, metrics: None, since: Progress = START
+    ) -> Progress:
+        return loop.train(self.engine, self.config, self.data, self.order, self.world, save, since)
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """Return every tensor of the model, gathered under ZeRO 3."""
+        live = live_tensors(self.engine.module)
+        return {name: gathered(tensor, tensor.dtype, True) for name, tensor in live.items()}
+
+    def meta(self, progress: Progress) -> checkpoint.Meta:
+        config = self.config.model_dump(mode="json")
+        return checkpoint.Meta(progress, self.world.size, self.config.zero, config)
+
+    def save(self, folder: Path) -> Any:
+        """Return what the loop calls to write its checkpoints into ``folder``."""
+        run = self.config.run
+
+        def write(progress: Progress, metrics: Any) -> None:
+            checkpoint.save(
+                self.engine,
+                folder,
+                self.meta(progress),
+                self.world,
+                run.keep,
+                adapter=self.config.adapter is not None,
+            )
+
+        return write
+
+    def load(self, path: Path) -> Progress:
+        """Go on from a checkpoint."""
+        meta = checkpoint.read_meta(path)
+        checkpoint.check(path, meta, self.world.size, self.config.model_dump(mode="json"))
+        checkpoint.load(self.engine, path, adapter=self.config.adapter is not None)
+        return meta.progress
 
     def outcome(self) -> dict[str, Any]:
         """Return losses, norms and rates per step, and the parameters."""
@@ -60,11 +92,8 @@ class Session:
             "loss": [record["loss"] for record in self.records],
             "norm": [record["grad_norm"] for record in self.records],
             "lr": [record["lr"] for record in self.records],
-            "parameters": {
-                name: tensor.detach().numpy().copy()
-                for name, tensor in self.engine.module.named_parameters()
-            },
-            "digest": digest(self.engine.module),
+            "parameters": {name: tensor.numpy() for name, tensor in self.whole().items()},
+            "digest": digest(self.whole()),
         }
 
 
@@ -82,10 +111,10 @@ class Recorder(PlainWorld):
         return False
 
 
-def digest(model: Any) -> str:
+def digest(tensors: dict[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
-    for _, tensor in sorted(model.state_dict().items()):
-        total.update(tensor.detach().contiguous().numpy().tobytes())
+    for _, tensor in sorted(tensors.items()):
+        total.update(tensor.numpy().tobytes())
     return total.hexdigest()
 
 
@@ -108,20 +137,37 @@ def wrong_dtype(place: Place, base: Path, fields: dict[str, Any], data: Dataset)
 def interrupted(
     place: Place, base: Path, fields: dict[str, Any], data: Dataset, folder: Path, at: int
 ) -> dict[str, Any]:
-    """Train, saving at step ``at``; then load that into a fresh engine and train the rest."""
+    """Train, saving as configured; then load step ``at`` into a fresh engine, train the rest."""
     whole = Session(place, base, fields, data)
-
-    def save(step: int, metrics: Any) -> None:
-        meta = checkpoint.Meta(step, place.size, whole.config.zero, "0")
-        checkpoint.save(whole.engine, folder, meta, whole.world)
-
-    whole.train(save)
+    ended = whole.train(whole.save(folder))
     again = Session(place, base, fields, data)
     found, passed = checkpoint.newest(folder)
     assert found is not None, passed
-    meta = checkpoint.load(again.engine, folder / f"step-{at:08d}", again.world)
-    again.train(first=meta.step)
-    return {"whole": whole.outcome(), "again": again.outcome(), "newest": found.name}
+    final = again.train(since=again.load(folder / f"step-{at:08d}"))
+    return {
+        "whole": whole.outcome(),
+        "again": again.outcome(),
+        "newest": found.name,
+        "counted": [(p.step, p.tokens, p.trained_tokens) for p in (ended, final)],
+        "tensors": saved_tensors(found) if place.rank == 0 else [],
+    }
+
+
+def saved_tensors(path: Path) -> list[str]:
+    """Return the names of the model's tensors in a checkpoint that rank 0 of ZeRO 0 to 2 wrote."""
+    file = path / checkpoint.STATE / "mp_rank_00_model_states.pt"
+    if not file.exists():
+        return []
+    return sorted(torch.load(file, weights_only=False)["module"])
+
+
+def loaded_elsewhere(
+    place: Place, base: Path, fields: dict[str, Any], data: Dataset, path: Path
+) -> str:
+    """Load a checkpoint that other ranks wrote; return the digest."""
+    session = Session(place, base, fields, data)
+    session.load(path)
+    return digest(session.whole())
 
 
 def exported(
@@ -130,12 +176,15 @@ def exported(
     """Train, write the model, and return what the live one computes."""
     session = Session(place, base, fields, data)
     session.train()
-    if place.rank == 0:
-        write_model(session.engine.module.state_dict(), base, target)
     session.engine.eval()
     with torch.no_grad():
         logits = session.engine(input_ids=torch.arange(3, 19)[None], use_cache=False).logits
-    return {"logits": logits.numpy()}
+    before = {name: tensor for name, tensor in session.whole().items() if "lora_" not in name}
+    adapter = session.config.adapter is not None
+    model = merged(session.engine.module) if adapter else session.engine.module
+    if place.rank == 0 or session.config.zero == 3:
+        write_model(live_tensors(model), base, target, place.rank)
+    return {"logits": logits.numpy(), "frozen": before, "record": check(session, "float32")}
 
 
 def evaluated(place: Place, base: Path, fields: dict[str, Any], data: Dataset) -> dict[str, Any]:
@@ -144,7 +193,7 @@ def evaluated(place: Place, base: Path, fields: dict[str, Any], data: Dataset) -
 
     def state() -> tuple[str, bytes, bool]:
         random_state = torch.get_rng_state().numpy().tobytes()
-        return digest(session.engine.module), random_state, session.engine.module.training
+        return digest(session.whole()), random_state, session.engine.module.training
 
     session.engine.train()
     before = state()
@@ -155,11 +204,11 @@ def evaluated(place: Place, base: Path, fields: dict[str, Any], data: Dataset) -
 
 
 def poisoned(
-    place: Place, base: Path, fields: dict[str, Any], data: Dataset, token: int
+    place: Place, base: Path, fields: dict[str, Any], data: Dataset, token: int, folder: Path
 ) -> dict[str, Any]:
-    """Train a model in which one token's embedding is not a number."""
+    """Train a model in which one token's embedding is not a number, saving after every step."""
     session = Session(place, base, fields, data)
     with torch.no_grad():
         session.engine.module.get_input_embeddings().weight[token] = float("nan")
-    session.train()
+    session.train(session.save(folder))
     return session.outcome()

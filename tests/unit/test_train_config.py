@@ -68,7 +68,11 @@ def test_a_resolved_configuration_reads_back_equal(config: Path, tmp_path: Path)
             r"my.yaml:\d+: optimizer: unknown key 'optimizer'; did you mean 'optim'",
         ),
         ({"optim": {"lr": "fast"}}, r"my.yaml:\d+: optim.lr: .*not 'fast'"),
-        ({"zero": 3}, r"my.yaml:\d+: zero: "),
+        ({"zero": 4}, r"my.yaml:\d+: zero: "),
+        ({"zero": 3, "adapter": {"kind": "lora"}}, r"zero=3 with an adapter: .* use zero: 2"),
+        ({"adapter": {"kind": "lore"}}, r"my.yaml:\d+: adapter.kind: .*not 'lore'"),
+        ({"adapter": {"kind": "lora", "rank": 8}}, r"unknown key 'rank'"),
+        ({"adapter": {"kind": "lora", "targets": []}}, "name at least one layer"),
         ({"batch": {"total": 3}}, "batch.total=3 is not a multiple .* use 2 or 4"),
         ({"run": {"workers": 2}}, "give either epochs or steps"),
         ({"data": {"train": "trian.jsonl"}}, r"my.yaml:3: data.train: no file .*train.jsonl"),
@@ -112,10 +116,12 @@ def test_the_entrypoint_answers_a_mistake_with_one_line_and_exit_1(
 def test_the_plan_says_what_is_wanted_and_what_is_free(config: Path) -> None:
     task = Task.load(plan.resolve(config))
     small = Node("n1", cpus=1, cpus_free=1)
-    told = plan.describe(task, [small], "by hand")
-    assert "does not fit: wanted: 2 x train rank (1 CPU)" in told
-    told = plan.describe(task, [Node("n1", 4, 4)], "by hand")
-    assert "plan: fits: 2 x train rank on n1" in told
+    told = plan.rehearsal(task, [small], "by hand")
+    assert told["fits"] is False
+    assert "does not fit: wanted: 2 x train rank (1 CPU)" in plan.describe(told)
+    told = plan.rehearsal(task, [Node("n1", 4, 4)], "by hand")
+    assert json.loads(json.dumps(told))["fits"] is True
+    assert "plan: fits: 2 x train rank on n1" in plan.describe(told)
 
 
 def test_the_submit_line_quotes_what_a_shell_would_split() -> None:

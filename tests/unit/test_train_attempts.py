@@ -1,0 +1,240 @@
+"""Who may work on a run, and what `jobs` and `--resume` say of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import ConfigError, JobError
+from tests.unit.test_train_checkpoint import written
+from train_jobs import attempts, finetune, jobs, resume
+from train_jobs.config import FinetuneConfig
+from train_jobs.runs import RunDir
+
+ROOT = Path(__file__).resolve().parents[2]
+FIELDS: dict[str, Any] = {
+    "model": "tiny@1",
+    "data": {"train": "/toy.jsonl"},
+    "batch": {"total": 4},
+    "run": {"workers": 2, "steps": 9},
+}
+HOLD = """
+import sys, time
+from pathlib import Path
+from train_jobs import attempts
+from train_jobs.runs import RunDir
+run = RunDir(Path(sys.argv[1]))
+with attempts.claim(run), attempts.writer(run, 0):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+Holder = Callable[[RunDir], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def run() -> RunDir:
+    made = RunDir.create("toy")
+    made.config.write_text(FinetuneConfig.model_validate(FIELDS).model_dump_json())
+    return made
+
+
+@pytest.fixture
+def hold() -> Iterator[Holder]:
+    """Start a process that drives a run."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(run: RunDir) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLD, str(run.path)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def none(name: str) -> None:
+    return None
+
+
+def test_tc12_no_two_attempts_have_one_name(run: RunDir) -> None:
+    made = [attempts.begin(run, lambda name: name) for _ in range(3)]
+    names = [attempt.name(run) for attempt in made]
+    assert names == [run.id, f"{run.id}-r2", f"{run.id}-r3"]
+    assert [attempt.submission for attempt in made] == names
+    assert attempts.history(run) == made
+
+
+def test_a_new_attempt_puts_the_old_result_aside_and_forgets_a_stop(run: RunDir) -> None:
+    attempts.begin(run, none)
+    run.finish({"status": "stopped", "steps": 4})
+    run.stop.touch()
+    attempts.begin(run, none)
+    assert run.read_result() is None
+    assert not run.stop.exists()
+    assert "stopped" in (run.path / "attempts" / "1.result").read_text()
+
+
+def test_tc12_a_run_is_started_once(run: RunDir) -> None:
+    first = attempts.begin(run, lambda name: name)
+    assert attempts.join(run, run.id, resume=False) == first  # the job that was submitted for it
+    with pytest.raises(JobError, match=f"was started before .* --resume {run.id}"):
+        attempts.join(run, "somebody-elses", resume=False)
+    assert attempts.join(run, "raysubmit_x", resume=True).number == 2
+
+
+def test_t41_a_run_has_one_driver_and_its_end_frees_it(run: RunDir, hold: Holder) -> None:
+    assert not attempts.is_driven(run)
+    process = hold(run)
+    assert attempts.is_driven(run)
+    with pytest.raises(JobError, match=rf"still running \(process {process.pid} on "):
+        attempts.claim(run).__enter__()
+    with pytest.raises(JobError, match="still running"):
+        resume.require_resumable(run)
+    process.kill()  # not even time to clean up
+    process.wait()
+    assert not attempts.is_driven(run)
+    with attempts.claim(run):
+        assert attempts.is_driven(run)
+
+
+def test_a_second_rank_0_waits_for_the_first_and_not_for_ever(
+    run: RunDir, hold: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(run)
+    monkeypatch.setattr(attempts, "WRITER_S", 0.3)
+    with pytest.raises(JobError, match="another rank 0 still holds"):
+        attempts.writer(run, 0).__enter__()
+    with attempts.writer(run, 1):  # only rank 0 writes
+        pass
+
+
+def test_resuming_what_has_succeeded_or_saved_nothing_is_refused(run: RunDir) -> None:
+    with pytest.raises(JobError, match=r"has no whole checkpoint in .*save_every"):
+        resume.require_resumable(run)
+    path = written(run.checkpoints, 3)
+    assert resume.require_resumable(run) == path
+    (path / "COMPLETE").unlink()
+    with pytest.raises(JobError, match=r"\(step-00000003: no COMPLETE marker\)"):
+        resume.require_resumable(run)
+    run.finish({"status": "succeeded", "published": "tiny@2"})
+    with pytest.raises(JobError, match=r"has succeeded and published tiny@2; .*model: tiny@2"):
+        resume.require_resumable(run)
+
+
+def test_an_unknown_run_names_the_newest(run: RunDir) -> None:
+    with pytest.raises(ConfigError, match=f"no run 'toi'; the newest are {run.id}"):
+        RunDir.find("toi")
+    assert RunDir.find(run.id) == run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "give either CONFIG"),
+        (["a.yaml", "--resume", "x"], "give either CONFIG"),
+        (["--resume", "x", "--set", "zero=0"], "--set zero=0 with --resume"),
+        (["--resume", "x"], "no run 'x'"),
+    ],
+)
+def test_what_the_entrypoint_cannot_mean_is_told(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune.main(arguments) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_resume_rehearses_and_refuses_another_number_of_ranks(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(run.checkpoints, 5)
+    before = sorted(run.path.rglob("*"))
+    assert finetune.main(["--resume", run.id, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "attempt 1 would go on after step 5 (100 tokens in 2 s so far)" in told
+    assert f"-- python -m train_jobs.finetune --resume {run.id}" in told
+    assert sorted(run.path.rglob("*")) == before
+    assert finetune.main(["--resume", run.id, "--local", "3"]) == 1
+    assert "has 2 ranks" in capsys.readouterr().err
+
+
+def test_the_list_knows_each_state(run: RunDir, hold: Holder) -> None:
+    attempts.begin(run, lambda name: name)
+    assert jobs.state_of(run, {}) == "lost"
+    assert jobs.state_of(run, {run.id: "PENDING"}) == "waiting"
+    process = hold(run)
+    run.append({"step": 4, "steps": 9, "loss": 1.25})
+    written(run.checkpoints, 4)
+    row = jobs.overview(run, {})
+    assert (row["state"], row["step"], row["loss"], row["checkpoint"]) == ("running", 4, 1.25, 4)
+    assert row["started"]
+    process.kill()
+    process.wait()
+    run.finish({"status": "failed"})
+    assert jobs.overview(run, {run.id: "FAILED"})["state"] == "failed"
+
+
+def test_stopping_waits_for_the_checkpoint(run: RunDir, hold: Holder) -> None:
+    attempts.begin(run, none)
+    process = hold(run)
+    told = jobs.stop(run, None, limit_s=20)
+    assert "saves a checkpoint" in next(told)
+    assert run.stop.exists()
+    written(run.checkpoints, 4)
+    run.append({"step": 4, "steps": 9})
+    run.finish({"status": "stopped", "steps": 4})
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    assert list(told)[-1] == (
+        f"run {run.id}: stopped after step 4\ngo on from step 4: roundhouse train --resume {run.id}"
+    )
+
+
+def test_stopping_ends_by_force_what_does_not_answer(run: RunDir, hold: Holder) -> None:
+    attempts.begin(run, none)
+    process = hold(run)
+    told = list(jobs.stop(run, None, limit_s=0.2))
+    assert "it did not stop within 0 s and is ended now" in told
+    assert process.wait(10) == -signal.SIGTERM
+    assert (run.read_result() or {})["status"] == "failed"
+    with pytest.raises(JobError, match="does not run: failed"):
+        list(jobs.stop(run, None, limit_s=1))
+
+
+def test_a_run_on_another_machine_is_not_ended_from_here(run: RunDir) -> None:
+    (run.path / "lock").write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere"}))
+    with pytest.raises(JobError, match="of elsewhere; end it there"):
+        attempts.terminate(run)
+
+
+def test_the_logs_of_plain_processes_are_their_files(run: RunDir) -> None:
+    def no_cluster() -> Any:
+        raise AssertionError("plain processes have no cluster")
+
+    with pytest.raises(JobError, match="never started"):
+        jobs.log_of(run, no_cluster)
+    attempts.begin(run, none)
+    for rank in range(2):
+        (run.path / f"rank-{rank}.log").write_text(f"I am {rank}")
+    log = jobs.log_of(run, no_cluster)
+    assert log == "==> rank-0.log <==\nI am 0\n==> rank-1.log <==\nI am 1\n"
+
+
+def test_runs_are_listed_newest_first(run: RunDir) -> None:
+    later = RunDir.create("later")
+    later.config.write_text("{}")
+    os.utime(later.path, (time.time() + 5, time.time() + 5))
+    assert jobs.runs() == [later, run]
