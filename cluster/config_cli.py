@@ -11,13 +11,14 @@ import typer
 
 from cluster import console
 from cluster.errors import ConfigError
-from cluster.options import AsJson
+from cluster.options import AsJson, DryRun
 
 if TYPE_CHECKING:
     from cluster.config import Frozen
 
 # Names, so that listing them loads none; resolved when asked for, on this side of no import.
 SCHEMAS = {
+    "cluster": "cluster.manifests.schema:ClusterConfig",
     "serve": "serve_apps.config:ServeConfig",
     "train": "train_jobs.config:FinetuneConfig",
 }
@@ -88,6 +89,64 @@ def config_check(
     load(file, _schema(chosen))
     console.out(f"{file}: a {chosen} configuration without a mistake")
     console.result({"file": file, "kind": chosen, "ok": True})
+
+
+@config_app.command("ray-cluster")
+def config_ray_cluster(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file of configs/cluster/ to render.")
+    ],
+    write: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Write it there, and make the cluster's token."),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Render the file that `ray up` reads."""
+    console.use_json(as_json)
+    from cluster.config import load
+    from cluster.manifests.ray_up import ray_cluster, render, token_file
+    from cluster.manifests.schema import ClusterConfig
+
+    config = load(file, ClusterConfig)
+    text = render(config, file.as_posix())
+    token = Path(token_file(config)).expanduser()
+    if not write:
+        if not as_json:
+            console.out(text.rstrip())
+        console.result({"ray_cluster": ray_cluster(config)})
+        return
+    new = not token.is_file()
+    would = "would write" if dry_run else "wrote"
+    if not dry_run:
+        _make_token(token)
+        try:
+            write.write_text(text)
+        except OSError as error:
+            raise _cannot_write(write, error) from None
+    if new:
+        console.out(f"{would} a new token to {token}: whoever holds it can run code there")
+    console.out(f"{would} {write}; next: ray up {write}")
+    console.result({"dry_run": dry_run, "written": write, "token_file": token, "new_token": new})
+
+
+def _make_token(path: Path) -> None:
+    """Make a token that only we can read, unless there is one; ConfigError if others can."""
+    import secrets
+
+    from cluster.private import is_private, make_private_dir, write_private
+
+    try:
+        if not path.exists():
+            make_private_dir(path.parent)
+            write_private(path, secrets.token_hex(32) + "\n")
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    if not is_private(path):
+        raise ConfigError(
+            f"{path}: others can read this token; delete the file, render again, and `ray up`"
+        )
 
 
 def _schema(kind: str) -> type[Frozen]:

@@ -35,6 +35,24 @@ DROPPED = (
 )
 
 
+# Of every process of every cluster of ours: one machine's, or one that `ray up` starts.
+EVERYWHERE = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # less than half the added latency and CPU per streamed token
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # a report waits for the next poll of the controller: 2 s by default
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # from TERM to KILL of a stopped job: long enough for a checkpoint
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",
+}
+
+
 def environment(
     root: Path, token: Path, cluster_id: str, ports: Ports, environ: Mapping[str, str]
 ) -> dict[str, str]:
@@ -49,26 +67,14 @@ def environment(
         "NO_PROXY": f"{bypass},{quiet}" if bypass else quiet,
         processes.MARK: cluster_id,
         "ROUNDHOUSE_HOME": str(root),
-        "RAY_AUTH_MODE": "token",
+        **EVERYWHERE,
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
         "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
         # how old `roundhouse status` and the check before a deploy may be: 5 s by default
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        # less than half the added latency and CPU per streamed token
-        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-        "RAY_SERVE_PROXY_USE_GRPC": "1",
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-        # a report waits for the next poll of the controller: 2 s by default
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
-        # from TERM to KILL of a stopped job: long enough for a checkpoint
-        "RAY_JOB_STOP_WAIT_TIME_S": "60",
     }
 
 

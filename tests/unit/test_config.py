@@ -11,13 +11,24 @@ from pydantic import ValidationError
 
 from cluster.config import Frozen, dump, load, schema_json
 from cluster.errors import ConfigError
+from cluster.manifests.schema import ClusterConfig
 from serve_apps.config import ModelConfig, ServeConfig
 from train_jobs.config import FinetuneConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-SCHEMAS: dict[str, type[Frozen]] = {"serve": ServeConfig, "train": FinetuneConfig}
-YAMLS = sorted(CONFIGS.rglob("*.yaml"))
+SCHEMAS: dict[str, type[Frozen]] = {
+    "cluster": ClusterConfig,
+    "serve": ServeConfig,
+    "train": FinetuneConfig,
+}
+RENDERED = {"monitoring", "schemas"}
+"""Folders of rendered files; a rendered file in another folder has a second suffix."""
+YAMLS = sorted(
+    path
+    for path in CONFIGS.rglob("*.y*ml")
+    if path.relative_to(CONFIGS).parts[0] not in RENDERED and not path.stem.endswith(".ray")
+)
 
 SERVE = """\
 models:

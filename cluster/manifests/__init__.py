@@ -1,0 +1,1 @@
+"""Files for cluster launchers, rendered from one cluster configuration."""
