@@ -12,7 +12,8 @@
     ├── EngineError           the engine failed while it held a request
     │   └── RankLost          a rank died or stopped answering
     ├── ReleaseError          a version could not be put live
-    └── JobError              a training job failed
+    ├── JobError              a training job failed
+    └── MonitorError          Prometheus did not start, or Grafana refused
 
 Each message names the value, the rule and the next step. Each member survives pickling: Ray
 rebuilds an exception from ``args``, so classes with further fields write ``__reduce__``.
@@ -102,3 +103,7 @@ class ReleaseError(RoundhouseError):
 
 class JobError(RoundhouseError):
     """A training job failed; the message names the run and where its log lies."""
+
+
+class MonitorError(RoundhouseError):
+    """Prometheus did not start, or Grafana refused, or did not answer."""

@@ -1,7 +1,12 @@
-"""What rank 0 of a run shows in Prometheus while it trains: the records of ``metrics.jsonl``."""
+"""What rank 0 of a run shows in Prometheus while it trains: the records of ``metrics.jsonl``.
+
+Ray forgets a gauge that nobody has set for two export intervals, and a step may take longer: so a
+thread says the last values again, for as long as the process lives.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -13,6 +18,7 @@ from cluster.meter import Meter, RayMeter
 from train_jobs.runs import RunDir
 
 ENGINE = "deepspeed"
+AGAIN_S = 5.0
 
 
 class Telemetry:
@@ -23,17 +29,23 @@ class Telemetry:
         ref = Ref.parse(model)
         version = metrics.NONE if ref.version is None else str(ref.version)
         self._meter, self._now = meter, now
+        self._gauges: dict[metrics.Metric, float] = {}
         self._labels = {"model_name": ref.name, "model_version": version, "engine": ENGINE}
 
     def report(self, record: Mapping[str, Any]) -> None:
         """Show one record: a step, or an event. Unknown keys are left alone."""
         event = record.get("event")
         if event == "checkpoint":
-            self._meter.set(metrics.TRAIN_CHECKPOINT_TIME, self._now(), **self._labels)
+            self._set(metrics.TRAIN_CHECKPOINT_TIME, self._now())
         elif event == "evaluated":
             self._set(metrics.TRAIN_HELDOUT_LOSS, record.get("loss"))
         elif event is None and "step" in record:
             self._step(record)
+
+    def again(self) -> None:
+        """Say the last value of every gauge once more."""
+        for gauge, value in list(self._gauges.items()):
+            self._meter.set(gauge, value, **self._labels)
 
     def _step(self, record: Mapping[str, Any]) -> None:
         for key, gauge in metrics.TRAIN_GAUGES.items():
@@ -45,6 +57,7 @@ class Telemetry:
 
     def _set(self, gauge: metrics.Metric, value: Any) -> None:
         if value is not None:
+            self._gauges[gauge] = float(value)
             self._meter.set(gauge, float(value), **self._labels)
 
 
@@ -54,4 +67,12 @@ def telemetry(run: RunDir) -> Telemetry:
     from cluster.config import load
     from train_jobs.config import FinetuneConfig
 
-    return Telemetry(RayMeter(metrics.TRAINING), load(run.config, FinetuneConfig).model)
+    shown = Telemetry(RayMeter(metrics.TRAINING), load(run.config, FinetuneConfig).model)
+    threading.Thread(target=_repeat, args=(shown,), name="telemetry", daemon=True).start()
+    return shown
+
+
+def _repeat(shown: Telemetry) -> None:
+    while True:
+        time.sleep(AGAIN_S)
+        shown.again()

@@ -24,12 +24,15 @@ FRESH_S = 2.0
 
 _OURS = tuple(f"{start}{EXPORTED}".encode() for start in ("", "# HELP ", "# TYPE "))
 # what says something of the machine, and tells no series from another on one node
-_MACHINE = re.compile(rb'(?:NodeAddress|SessionName|Version)="(?:[^"\\]|\\.)*",?')
+_MACHINE = re.compile(rb'\b(?:NodeAddress|SessionName|Version|otel_scope_\w+)="(?:[^"\\]|\\.)*",?')
 
 
 def ours(line: bytes) -> bytes | None:
-    """Return a line of the export if it is one of ours, without the machine's address."""
-    if not line.startswith(_OURS):
+    """Return a line of the export if it is one of ours, without the machine's address.
+
+    A histogram's ``_sum`` is left out: Ray makes it up from the buckets' middles.
+    """
+    if not line.startswith(_OURS) or b"_seconds_sum{" in line:
         return None
     if line.startswith(b"#"):
         return line

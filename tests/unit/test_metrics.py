@@ -275,6 +275,10 @@ def test_a_step_is_shown_whole_and_events_only_where_they_mean_something() -> No
     assert meter.get(metrics.TRAIN_TOKENS) == 40
     assert {key[0] for key in meter.series} == {m.name for m in metrics.TRAINING}
     assert "/secret" not in str(meter.series)
+    meter.gauges.clear()  # as Ray does with what nobody says again
+    shown.again()
+    assert meter.get(metrics.TRAIN_LOSS, **labels) == [1.5]
+    assert meter.get(metrics.TRAIN_STEPS) == 2, "a counter stays"
 
 
 def test_the_keys_that_are_shown_are_those_of_the_loop() -> None:

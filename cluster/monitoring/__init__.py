@@ -1,0 +1,1 @@
+"""Dashboard, alert rules, Prometheus, Grafana: what shows the metrics of `cluster.metrics`."""
