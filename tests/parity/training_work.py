@@ -11,15 +11,17 @@ import torch
 from train_jobs import checkpoint, loop
 from train_jobs.adapters import merged
 from train_jobs.config import FinetuneConfig
-from train_jobs.data.dataset import Dataset
+from train_jobs.data.dataset import Dataset, trained_in
 from train_jobs.data.order import Order
 from train_jobs.evaluate import heldout_loss
 from train_jobs.export import gathered, live_tensors, write_model
 from train_jobs.group import Device, Place
+from train_jobs.objectives.sft import collate, nll_sum
 from train_jobs.ports import PlainWorld
 from train_jobs.progress import START, Progress
 from train_jobs.rank import build_engine
 from train_jobs.runs import RunDir
+from train_jobs.schedule import lr_at
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def settings(**changes: Any) -> dict[str, Any]:
         "run": {"workers": 1, "steps": 12, "dtype": "float32"},
     }
     for key, value in changes.items():
-        fields[key] = fields[key] | value if isinstance(value, dict) else value
+        fields[key] = fields.get(key, {}) | value if isinstance(value, dict) else value
     return fields
 
 
@@ -125,6 +127,27 @@ def curve(place: Place, base: Path, fields: dict[str, Any], data: Dataset) -> di
     return session.outcome() | {"record": check(session, "float32")}
 
 
+def mean_of_means(
+    place: Place, base: Path, fields: dict[str, Any], data: Dataset
+) -> dict[str, Any]:
+    """Train as if each row counted alike, however few of its tokens are trained."""
+    session = Session(place, base, fields, data)
+    losses = []
+    for step in range(session.order.steps):
+        batches = session.order.micro_batches(step, 0, 1, 1)
+        means = []
+        for group in session.engine.optimizer.param_groups:
+            group["lr"] = lr_at(step, session.order.steps, session.config.optim)
+        for rows in batches:
+            documents = list(loop.documents_of(data, rows))
+            mean = nll_sum(session.engine, collate(documents)) / trained_in(documents)
+            session.engine.backward(mean)
+            session.engine.step()
+            means.append(float(mean.detach()))
+        losses.append(sum(means) / len(means))
+    return {"loss": losses}
+
+
 def check(session: Session, dtype: str) -> dict[str, Any]:
     return loop.check_engine(session.engine, session.config, dtype, session.world)
 
@@ -162,11 +185,15 @@ def saved_tensors(path: Path) -> list[str]:
 
 
 def loaded_elsewhere(
-    place: Place, base: Path, fields: dict[str, Any], data: Dataset, path: Path
+    place: Place, base: Path, fields: dict[str, Any], data: Dataset, path: Path, wrote: int
 ) -> str:
-    """Load a checkpoint that other ranks wrote; return the digest."""
+    """Load a checkpoint that ``wrote`` ranks wrote; return the digest."""
     session = Session(place, base, fields, data)
-    session.load(path)
+    told = session.config.model_dump(mode="json")
+    told["run"]["workers"] = wrote
+    meta = checkpoint.read_meta(path)
+    checkpoint.check(path, meta, place.size, told)
+    checkpoint.load(session.engine, path, adapter=session.config.adapter is not None)
     return digest(session.whole())
 
 
@@ -179,12 +206,13 @@ def exported(
     session.engine.eval()
     with torch.no_grad():
         logits = session.engine(input_ids=torch.arange(3, 19)[None], use_cache=False).logits
-    before = {name: tensor for name, tensor in session.whole().items() if "lora_" not in name}
+    frozen = {name: tensor for name, tensor in session.whole().items() if "lora_" not in name}
+    record = check(session, "float32")
     adapter = session.config.adapter is not None
     model = merged(session.engine.module) if adapter else session.engine.module
     if place.rank == 0 or session.config.zero == 3:
         write_model(live_tensors(model), base, target, place.rank)
-    return {"logits": logits.numpy(), "frozen": before, "record": check(session, "float32")}
+    return {"logits": logits.numpy(), "frozen": frozen, "record": record}
 
 
 def evaluated(place: Place, base: Path, fields: dict[str, Any], data: Dataset) -> dict[str, Any]:
@@ -208,7 +236,16 @@ def poisoned(
 ) -> dict[str, Any]:
     """Train a model in which one token's embedding is not a number, saving after every step."""
     session = Session(place, base, fields, data)
-    with torch.no_grad():
-        session.engine.module.get_input_embeddings().weight[token] = float("nan")
-    session.train(session.save(folder))
+    write = session.save(folder)
+
+    def poison() -> None:
+        with torch.no_grad():
+            session.engine.module.get_input_embeddings().weight[token] = float("nan")
+
+    def save(progress: Progress, metrics: Any) -> None:
+        write(progress, metrics)
+        poison()  # the optimiser's own copy of the weights has healed it
+
+    poison()
+    session.train(save)
     return session.outcome()
