@@ -68,8 +68,8 @@ class Sharded(Frozen):
     """Our engine: transformers' model code, our scheduler, cache, attention and sampler."""
 
     kind: Literal["sharded"] = "sharded"
-    tensor_parallel: Literal[1] = 1
-    """Ranks that share one model."""
+    tensor_parallel: PositiveInt = 1
+    """Ranks that share one model; it must divide the model's heads and its inner width."""
     host: Literal["actor", "process"] = "actor"
     """Ranks as Ray actors in the replica's placement group, or as plain child processes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -86,7 +86,7 @@ class Sharded(Frozen):
     cache_tokens: PositiveInt | None = None
     """KV cache size; by default ``max_concurrent * max_model_len``, bounded by free memory."""
     threads: PositiveInt | None = None
-    """CPU threads of a rank; by default the cores of the machine."""
+    """CPU threads of a rank; by default the cores of the machine divided by its ranks."""
     start_timeout_s: PositiveFloat = 180.0
     step_timeout_s: PositiveFloat = 60.0
     """A step that takes longer means that the rank is stuck."""

@@ -12,8 +12,9 @@ from cluster.library.store import Library
 from cluster.package import CodePackage, code_root, pack
 from cluster.resources import Demand, Node, Plan, plan
 from cluster.session import Cluster, runtime_env, upload_code
-from cluster.status import nodes
+from cluster.status import room
 from serve_apps.config import GATEWAY_APP, ModelConfig, ServeConfig, model_app
+from serve_apps.engine.partition import check_directory
 from serve_apps.render import (
     ENV_VARS,
     App,
@@ -49,6 +50,8 @@ class Proposal:
 def propose(config: ServeConfig, cluster: Cluster | None, library: Library) -> Proposal:
     """Work out what a deploy would do; changes nothing. UnknownModel, ConfigError."""
     pins = [pin for model in config.models if (pin := missing_alias(model, library))]
+    for model in config.models:
+        check_ranks(model, library)
     package = pack(code_root()).code
     held = state(cluster) if cluster else {}
     running = submitted(held)
@@ -69,6 +72,15 @@ def missing_alias(model: ModelConfig, library: Library) -> tuple[str, str, int] 
         return None
     newest = library.versions(model.name)[-1:] or [library.resolve(model.name)]
     return model.name, model.alias, newest[0].number
+
+
+def check_ranks(model: ModelConfig, library: Library) -> None:
+    """Raise ConfigError when the model that would answer does not divide among its ranks."""
+    if model.engine.kind == "fake":
+        return
+    known = model.alias in library.aliases(model.name)
+    version = library.resolve(f"{model.name}@{model.alias}" if known else model.name)
+    check_directory(version.path, model.engine.tensor_parallel, version.ref)
 
 
 def deploy(
@@ -149,7 +161,7 @@ def _plan(cluster: Cluster, running: Mapping[str, App], desired: Desired) -> Pla
             continue
         wanted += demands(entry)
         freed += demands(running.get(entry["name"], {}))
-    return plan(wanted, _with(nodes(cluster), freed))
+    return plan(wanted, _with(room(cluster), freed))
 
 
 def _with(there: Sequence[Node], freed: Sequence[Demand]) -> list[Node]:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from cluster.errors import EngineError
 from serve_apps.engine.kv_cache import KVCache
-from serve_apps.engine.scheduler import Step, Work
+from serve_apps.engine.plan import Row, StepPlan
 
 NAME = "roundhouse"
 BATCH_WASTE = 1.5
@@ -68,18 +68,18 @@ class AttentionPlan:
     masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
 
 
-def plan(step: Step, cache: KVCache) -> AttentionPlan:
+def plan(step: StepPlan, cache: KVCache) -> AttentionPlan:
     """Lay out ``step``: where each token's key goes, and who is computed together."""
     slots, positions = list[int](), list[int]()
     segments = list[Segment]()
-    for work in step.work:
+    for row in step.rows:
         t0 = len(slots)
-        slots += [work.request.slot] * work.count
-        positions += range(work.start, work.start + work.count)
-        segments.append(Segment(t0, len(slots), work.request.slot, work.start, positions[-1] + 1))
+        slots += [row.slot] * len(row.ids)
+        positions += range(row.start, row.end)
+        segments.append(Segment(t0, len(slots), row.slot, row.start, row.end))
     runs = list[Run]()
-    alone = segments[len(step.decode) :]
-    for group in _groups(step.decode):
+    alone = segments[step.decoding :]
+    for group in _groups(step.rows[: step.decoding]):
         first, last = group.start, group.stop
         if last - first == 1:
             alone.append(segments[first])
@@ -89,15 +89,15 @@ def plan(step: Step, cache: KVCache) -> AttentionPlan:
     return AttentionPlan(cache, rows, runs, alone)
 
 
-def _groups(decode: Sequence[Work]) -> list[range]:
+def _groups(decode: Sequence[Row]) -> list[range]:
     """Cut decoding requests, in slot order, where a slot is missing or lengths differ much."""
     groups = list[range]()
     first = longest = total = 0
-    for i, work in enumerate(decode):
-        length = work.start + 1
+    for i, row in enumerate(decode):
+        length = row.end
         fits = (
             i > first
-            and work.request.slot == decode[i - 1].request.slot + 1
+            and row.slot == decode[i - 1].slot + 1
             and max(longest, length) <= BATCH_LENGTH
             and max(longest, length) * (i + 1 - first) <= BATCH_WASTE * (total + length)
         )

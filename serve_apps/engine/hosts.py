@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from serve_apps.engine.wire import RankSpec
 
-RANK_BUNDLE = 1
-"""Bundle 0 of the replica's placement group holds the replica itself."""
+FIRST_BUNDLE = 1
+"""Bundle 0 of the replica's placement group holds the replica itself; rank n sits in 1 + n."""
 
 
 class Host(Protocol):
@@ -67,7 +67,7 @@ class RankActor:
 
 
 class ActorHost:
-    """A Ray actor in bundle 1 of the replica's own placement group (same node: STRICT_PACK).
+    """A Ray actor in its bundle of the replica's own placement group (same node: STRICT_PACK).
 
     Outside a placement group it takes one CPU wherever this node has one.
     """
@@ -81,11 +81,10 @@ class ActorHost:
 
         group = ray.util.get_current_placement_group()
         strategy: Any
-        if group is not None and len(group.bundle_specs) > RANK_BUNDLE:
-            bundle = group.bundle_specs[RANK_BUNDLE]
-            strategy = PlacementGroupSchedulingStrategy(
-                group, placement_group_bundle_index=RANK_BUNDLE
-            )
+        index = FIRST_BUNDLE + spec.rank
+        if group is not None and len(group.bundle_specs) > index:
+            bundle = group.bundle_specs[index]
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
         else:
             bundle = {"CPU": 1}
             node = ray.get_runtime_context().get_node_id()

@@ -10,20 +10,25 @@ from typing import Any
 import torch
 
 from cluster.errors import EngineError, RoundhouseError
-from serve_apps.engine import attention, packing
+from serve_apps.engine import attention, packing, tensor_parallel
 from serve_apps.engine.interface import Sampling
 from serve_apps.engine.kv_cache import Geometry, KVCache
-from serve_apps.engine.scheduler import Running, Scheduler, Step
+from serve_apps.engine.plan import StepPlan
+from serve_apps.engine.scheduler import Running, Scheduler
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far our logits may be from the model's own, relative to their largest; rounding only."""
 
 
 class LoadedModel:
-    """Weights that answered the probe: our attention ran once a layer and changed nothing."""
+    """One rank's share of a version, once ``prepare`` has proven it.
 
-    def __init__(self, module: Any, directory: Path) -> None:
-        self._module = module
+    The proof: our attention ran once in each layer and changed nothing.
+    """
+
+    def __init__(self, module: Any, directory: Path, ranks: int = 1) -> None:
+        self._module, self._ranks = module, ranks
+        self._group: Any | None = None
         config = module.config.get_text_config()
         heads = config.num_attention_heads
         self.model_type: str = module.config.model_type
@@ -33,31 +38,50 @@ class LoadedModel:
         self.dtype: torch.dtype = module.dtype
         self.geometry = Geometry(
             layers=config.num_hidden_layers,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            kv_heads=(getattr(config, "num_key_value_heads", None) or heads) // ranks,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             dtype=module.dtype,
         )
         self.directory = directory
+        self.weight_bytes = 0
+        """Bytes of the weights that this rank holds, known once prepared."""
 
-    def forward(self, step: Step, plan: attention.AttentionPlan) -> torch.Tensor:
-        """Compute one step as planned; return logits ``[B, vocab]`` of the requests that sample."""
+    def forward(
+        self, plan: StepPlan, attending: attention.AttentionPlan, sampling: bool = True
+    ) -> torch.Tensor:
+        """Compute one step as planned; return logits ``[B, vocab]`` of the rows that sample.
+
+        A rank that does not sample (``sampling=False``) leaves the output head out where it can.
+        """
         ids, positions, last = list[int](), list[int](), list[int]()
-        for work in step.work:
-            ids += work.request.ids[work.start : work.start + work.count]
-            positions += range(work.start, work.start + work.count)
-            if work.samples:
+        for row in plan.rows:
+            ids += row.ids
+            positions += range(row.start, row.end)
+            if row.samples:
                 last.append(len(ids) - 1)
         if not last:
             last = [len(ids) - 1]  # a chunk inside a prompt: one row is computed and dropped
-        with torch.inference_mode(), attention.computing(plan):
+        if not sampling and not self._head_is_shared:
+            last = []
+        with torch.inference_mode(), attention.computing(attending):
             out = self._module(
                 input_ids=torch.tensor([ids], device=self.device),
                 position_ids=torch.tensor([positions], device=self.device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(last, device=self.device),
+                logits_to_keep=torch.tensor(last, dtype=torch.long, device=self.device),
             )
         logits: torch.Tensor = out.logits[0]
         return logits
+
+    @property
+    def _head_is_shared(self) -> bool:
+        return isinstance(self._module.get_output_embeddings(), tensor_parallel.GatheredLinear)
+
+    def close(self) -> None:
+        """Leave the process group that this version was sharded over."""
+        if self._group is not None:
+            torch.distributed.destroy_process_group(self._group)
+            self._group = None
 
     def prepare(self) -> None:
         """Pack the weights, put our attention in, and prove both on a few tokens.
@@ -75,6 +99,9 @@ class LoadedModel:
         row = torch.tensor([ids], device=self.device)
         with torch.inference_mode():
             reference = self._module(input_ids=row, use_cache=False).logits[0].float()
+        if self._ranks > 1:
+            self._group = tensor_parallel.make_local(self._module)
+        self.weight_bytes = sum(p.nbytes for p in self._module.parameters())
         if packing.packs(self.device, self.dtype):
             packing.pack_linears(self._module)
         self._module.set_attn_implementation(attention.NAME)
@@ -99,9 +126,10 @@ class LoadedModel:
             scheduler.add(Running(name, "", prompt, 1, Sampling(), 0))
         try:
             while step := scheduler.next_step():
-                plan = attention.plan(step, cache)
-                logits = self.forward(step, plan)
-                called = plan.layers_called
+                plan = step.plan()
+                attending = attention.plan(plan, cache)
+                logits = self.forward(plan, attending)
+                called = attending.layers_called
                 for request, row in zip(step.sampling, logits, strict=False):
                     rows[request.request_id] = row.float()
                 scheduler.complete(step, [0] * len(step.sampling))
@@ -119,9 +147,19 @@ class LoadedModel:
 
 
 def load_model(directory: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """Read a Hugging Face directory of a causal decoder; safetensors only, no remote code.
+    """Read a Hugging Face directory of a causal decoder whole, and prove it; see `read_model`."""
+    loaded = read_model(directory, device, dtype)
+    loaded.prepare()
+    return loaded
 
-    Raises EngineError for a directory that holds no such model, or one that fails the probe.
+
+def read_model(
+    directory: str, device: torch.device, dtype: torch.dtype, ranks: int = 1
+) -> LoadedModel:
+    """Read this rank's share of a causal decoder; safetensors only, no remote code.
+
+    With several ranks each must call this at the same time. Raises EngineError for a directory
+    that holds no such model, ConfigError for one that does not divide among the ranks.
     """
     # Imported here: the auto classes take seconds, and only a rank that loads needs them.
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -133,12 +171,11 @@ def load_model(directory: str, device: torch.device, dtype: torch.dtype) -> Load
     if not (path / "config.json").is_file():
         raise EngineError(f"{directory}: no config.json there, so no model to load")
     try:
+        sharding = tensor_parallel.sharding_arguments(path, ranks)
         module = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, **sharding
         )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise EngineError(f"{directory} cannot be loaded as a causal decoder: {error}") from error
     module.to(device).eval().requires_grad_(False)
-    loaded = LoadedModel(module, path)
-    loaded.prepare()
-    return loaded
+    return LoadedModel(module, path, ranks)

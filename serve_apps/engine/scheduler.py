@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from serve_apps.engine.interface import FinishReason, Sampling
+from serve_apps.engine.plan import Row, StepPlan
 
 
 class SlotPool:
@@ -100,6 +101,14 @@ class Step:
     def sampling(self) -> list[Running]:
         """The requests that get a token, in packed order."""
         return [w.request for w in self.work if w.samples]
+
+    def plan(self) -> StepPlan:
+        """Return what every rank needs in order to compute this step."""
+        rows = tuple(
+            Row(w.request.slot, w.start, w.request.ids[w.start : w.start + w.count], w.samples)
+            for w in self.work
+        )
+        return StepPlan(self.number, self.version, len(self.decode), rows)
 
 
 @dataclass(frozen=True, slots=True)

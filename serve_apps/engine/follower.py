@@ -1,0 +1,22 @@
+"""Ranks 1 to n-1: they compute what rank 0 planned, and decide nothing."""
+
+from __future__ import annotations
+
+from serve_apps.engine.plan import StepPlan
+from serve_apps.engine.rank import Rank
+
+
+class Follower(Rank):
+    """Its loop ends with rank 0's word, or with an error when rank 0 falls silent."""
+
+    def _loop(self) -> None:
+        while True:
+            message = self._group.receive()
+            if message["t"] == "step":
+                plan = StepPlan.unpack(message)
+                self._steps = plan.number
+                self._forward(plan, sampling=False)
+            elif message["t"] == "release":
+                self._drop(message["version"])
+            elif message["t"] == "stop":
+                return

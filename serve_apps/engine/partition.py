@@ -1,0 +1,48 @@
+"""Whether a model divides among tensor-parallel ranks, told before anything is loaded. Pure.
+
+transformers loads a model whose key/value heads do not divide, and fails in its first forward
+pass with a message about shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ConfigError
+
+DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+def divided_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the sizes of a Hugging Face ``config.json`` that ranks share among them."""
+    text = config.get("text_config") or config
+    sizes = {name: int(text[name]) for name in DIVIDED if text.get(name)}
+    if not text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)):
+        sizes |= {"vocab_size": int(text["vocab_size"])} if text.get("vocab_size") else {}
+    return sizes
+
+
+def check_divides(config: Mapping[str, Any], ranks: int, name: str) -> None:
+    """Raise ConfigError when ``ranks`` does not divide a size, naming the numbers that do."""
+    sizes = divided_sizes(config)
+    wrong = {size: n for size, n in sizes.items() if n % ranks}
+    if not wrong:
+        return
+    common = math.gcd(*sizes.values())
+    fit = [n for n in range(1, common + 1) if common % n == 0]
+    told = " and ".join(f"{size}={n}" for size, n in wrong.items())
+    raise ConfigError(
+        f"engine.tensor_parallel={ranks} does not divide {told} of {name}; use "
+        f"{', '.join(map(str, fit[:-1])) + ' or ' if fit[1:] else ''}{fit[-1]}"
+    )
+
+
+def check_directory(directory: Path, ranks: int, name: str) -> None:
+    """Do the same for the ``config.json`` of a model's directory; one rank divides anything."""
+    path = directory / "config.json"
+    if ranks > 1 and path.is_file():
+        check_divides(json.loads(path.read_text()), ranks, name)

@@ -1,0 +1,214 @@
+"""One rank: its share of each version, its cache, and the threads that every rank has.
+
+The loop's thread is the only one that computes steps; `leader.py` and `follower.py` are the two
+loops. The reader listens to the front and sends a heartbeat, so that the front can tell a busy
+rank from a stuck one. The loader reads a second version while the first one decodes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import queue
+import select
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import EngineError, RoundhouseError
+from serve_apps.engine.plan import StepPlan
+from serve_apps.engine.wire import Frames, RankSpec, pack
+
+if TYPE_CHECKING:
+    import torch
+
+    from serve_apps.engine.group import Group
+    from serve_apps.engine.kv_cache import KVCache
+    from serve_apps.engine.model import LoadedModel
+
+BEAT_S = 1.0
+LEAVE_S = 5.0
+"""How long a rank whose front is gone may take to get out of a step."""
+
+log = logging.getLogger(__name__)
+
+
+class Rank:
+    """What the two kinds of rank share; ``run`` returns when the engine is told to stop."""
+
+    def __init__(self, spec: RankSpec, sock: socket.socket) -> None:
+        self._spec, self._sock = spec, sock
+        self._send_lock = threading.Lock()
+        self._changed = threading.Condition()  # guards what the loop and the reader both touch
+        self._models: dict[str, LoadedModel] = {}
+        self._cache: KVCache | None = None
+        self._stopping = self._ended = False
+        self._steps = 0
+        self._jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        """Join the other ranks and serve until told to stop."""
+        if self._spec.device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers shards over what it sees
+        import torch
+
+        from cluster.device import resolve_dtype
+        from serve_apps.engine.group import Group
+
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(self._spec.threads or max(1, cores // self._spec.num_ranks))
+        self._device = self._pick_device()
+        self._dtype = getattr(torch, resolve_dtype(self._spec.dtype, self._device.type))
+        self._group: Group = Group(self._spec, self._device)
+        hello = {"t": "hello", "rank": self._spec.rank, "pid": os.getpid()}
+        self._send({**hello, "device": self._device.type})
+        threading.Thread(target=self._load_jobs, name="loader", daemon=True).start()
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        self._loop()
+        self._ended = True
+
+    def _pick_device(self) -> torch.device:
+        import torch
+
+        if self._spec.device == "cpu" or not torch.cuda.is_available():
+            if self._spec.device == "cuda":
+                raise EngineError("engine.device is cuda and torch sees no GPU here")
+            return torch.device("cpu")
+        os.environ["LOCAL_RANK"] = str(self._spec.local_device)  # where transformers puts a shard
+        torch.cuda.set_device(self._spec.local_device)
+        return torch.device("cuda", self._spec.local_device)
+
+    def _loop(self) -> None:
+        raise NotImplementedError
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        """Take a message of the front; called by the reader's thread."""
+        if message["t"] == "load":
+            self._jobs.put(message)
+
+    # The loop's thread
+
+    def _forward(self, plan: StepPlan, sampling: bool) -> torch.Tensor:
+        from serve_apps.engine import attention
+
+        assert self._cache
+        attending = attention.plan(plan, self._cache)
+        return self._models[plan.version].forward(plan, attending, sampling)
+
+    def _drop(self, version: str) -> None:
+        """Forget a version between two steps."""
+        with self._changed:
+            model = self._models.pop(version, None)
+        if model is not None:
+            model.close()
+            del model
+            trim()
+
+    # The reader's thread
+
+    def _read(self) -> None:
+        frames, beat_at = Frames(), time.monotonic()
+        try:
+            while True:
+                ready, _, _ = select.select([self._sock], [], [], BEAT_S)
+                if time.monotonic() >= beat_at:
+                    beat_at = time.monotonic() + BEAT_S
+                    self._send({"t": "beat", "n": self._steps})
+                if not ready:
+                    continue
+                data = self._sock.recv(1 << 16)
+                if not data:
+                    break
+                for message in frames.feed(data):
+                    self._handle(message)
+        except (OSError, ValueError, RoundhouseError) as error:
+            if not self._ended:  # else we closed the socket ourselves
+                log.warning("the front is gone: %s", error)
+        self._stop()
+        time.sleep(LEAVE_S)
+        if not self._ended:
+            os._exit(1)  # it waits for ranks that are gone as well; nothing is worth saving
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
+    # The loader's thread
+
+    def _load_jobs(self) -> None:
+        while True:
+            message = self._jobs.get()
+            try:
+                told = self._load(message["version"], message["directory"])
+            except RoundhouseError as error:
+                self._reply_error(message, type(error).__name__, str(error))
+            except Exception as error:
+                log.exception("load failed")
+                self._reply_error(message, "EngineError", f"load failed: {error}")
+            else:
+                self._reply(message, told)
+
+    def _load(self, version: str, directory: str) -> dict[str, Any]:
+        from serve_apps.engine.model import read_model
+
+        spec, group = self._spec, self._group
+        model = group.all_or_none(
+            lambda: read_model(directory, self._device, self._dtype, spec.num_ranks)
+        )
+        group.all_or_none(model.prepare)
+        trim()
+        length = min(spec.max_model_len, model.context or spec.max_model_len)
+        cache = self._cache
+        if cache is None or not self._models:
+            cache = group.all_or_none(lambda: self._make_cache(model, length))
+        elif cache.geometry != model.geometry or length < cache.slot_len:
+            raise EngineError(
+                f"{version} has another shape ({model.geometry}, context {length}) than what "
+                f"this engine serves ({cache.geometry}, {cache.slot_len}); deploy it by itself"
+            )
+        with self._changed:
+            if cache is not self._cache:
+                self._cache = cache
+                self._cache_made(cache)
+            self._models[version] = model
+        return {
+            "max_model_len": cache.slot_len,
+            "max_concurrent": cache.slots,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "vocab_size": model.vocab_size,
+            "weight_bytes": model.weight_bytes,
+        }
+
+    def _cache_made(self, cache: KVCache) -> None:
+        """Take note of a new cache, under the lock."""
+
+    def _make_cache(self, model: LoadedModel, length: int) -> KVCache:
+        from serve_apps.engine.kv_cache import KVCache, fit_slots, free_bytes
+
+        spec = self._spec
+        free = free_bytes(self._device)
+        if self._device.type == "cpu":
+            free //= spec.num_ranks  # all of them share this machine's memory
+        slots = fit_slots(model.geometry, length, spec.max_concurrent, spec.cache_tokens, free)
+        return KVCache(model.geometry, self._group.least(slots), length, self._device)
+
+    # Sending, from any thread
+
+    def _reply(self, message: dict[str, Any], result: dict[str, Any]) -> None:
+        self._send({"t": "reply", "call": message["call"], "result": result})
+
+    def _reply_error(self, message: dict[str, Any], kind: str, text: str) -> None:
+        self._send({"t": "reply", "call": message["call"], "error": [kind, text]})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with self._send_lock:
+            self._sock.sendall(pack(message))
+
+
+def trim() -> None:
+    """Give freed weights back to the system: glibc keeps hundreds of MB in the loader's arena."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc alone has it
+        trim(0)

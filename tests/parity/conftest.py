@@ -1,0 +1,7 @@
+"""Fixtures of the tier, made once a session whichever module asks first."""
+
+from __future__ import annotations
+
+from tests.parity.engine_fixtures import loop, smollm2, smollm2_reference, tiny, tiny2
+
+__all__ = ["loop", "smollm2", "smollm2_reference", "tiny", "tiny2"]
