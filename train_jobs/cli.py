@@ -157,9 +157,9 @@ def find_cluster(required: bool) -> Cluster | None:
 
 
 def _nodes(cluster: Cluster) -> list[Any]:
-    from cluster.status import nodes
+    from cluster.status import room
 
-    return nodes(cluster)
+    return room(cluster)
 
 
 def _require_idle(cluster: Cluster, run: RunDir) -> None:

@@ -46,7 +46,7 @@ def list_jobs(
     ]
     columns = ["run", "state", "step", "loss", "started (UTC)", "checkpoint", "published"]
     console.table("runs", columns, shown)
-    console.result(rows)
+    console.result({"runs": rows})
 
 
 @app.command("logs")

@@ -81,10 +81,8 @@ def rehearsal(task: Task, nodes: Sequence[Node] | None, line: str) -> dict[str, 
     config, device = task.config, "cuda" if task.config.run.num_gpus else "cpu"
     dtype = resolve_dtype(config.run.dtype, device)
     placed = None if nodes is None else plan([demand(config)], nodes)
-    trainable = None
-    if config.adapter:
-        trainable = added_parameters(config.adapter, task.base.path)
-    memory = of_rank(config, task.base.manifest.architecture, task.train, dtype, trainable)
+    added = added_parameters(config.adapter, task.base.path) if config.adapter else None
+    memory = of_rank(config, task.base.manifest.architecture, task.train, dtype, added)
     return {
         "config": config.model_dump(mode="json"),
         "deepspeed": config.deepspeed(dtype, on_gpu=device != "cpu"),
