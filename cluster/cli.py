@@ -99,6 +99,49 @@ def down(dry_run: DryRun = False, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def attach(
+    dashboard: Annotated[
+        str,
+        typer.Option(
+            envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="Its dashboard, or a tunnel to it."
+        ),
+    ],
+    token_file: Annotated[
+        Path,
+        typer.Option(envvar="RAY_AUTH_TOKEN_PATH", metavar="FILE", help="Holds its token."),
+    ] = Path("~/.ray/auth_token"),
+    serve: Annotated[
+        str, typer.Option(metavar="URL", help="Its endpoint, or a tunnel to it.")
+    ] = "http://127.0.0.1:8000",
+    gcs_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of its GCS.")] = 6379,
+    ray_cluster: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What `ray up` read: the machines it may start."),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Use a cluster that `ray up` started; `down` lets go of it."""
+    console.use_json(as_json)
+    from cluster.attach import Wish
+    from cluster.attach import attach as carry_out
+
+    wish = Wish(dashboard, serve, token_file, gcs_port, ray_cluster)
+    cluster = carry_out(wish, console.out, dry_run)
+    console.result(
+        {
+            "dry_run": dry_run,
+            "address": cluster.address,
+            "dashboard": cluster.dashboard,
+            "endpoint": f"{cluster.serve_url}/v1",
+            "home": cluster.home,
+            "ray": cluster.ray,
+            "could_start": list(cluster.scale),
+        }
+    )
+
+
+@app.command()
 def status(as_json: AsJson = False) -> None:
     """Show nodes, memory, applications, jobs and models."""
     console.use_json(as_json)

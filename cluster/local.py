@@ -72,7 +72,11 @@ def down(say: Say) -> int:
         say("nothing was running")
         return 0
     with locked(root / ".cluster.lock", "the cluster is being started or ended", timeout_s=60):
+        other = attached(root)
         ended = _collect(root)
+    if other:
+        say(f"detached from {other}, which goes on; `ray down` ends a cluster that `ray up` began")
+        return ended
     say(f"ended {ended} processes" if ended else "nothing was running")
     return ended
 
@@ -95,6 +99,9 @@ def rehearse(options: Sequence[str], say: Say) -> None:
 def rehearse_down(say: Say) -> None:
     """Say what :func:`down` would end."""
     strays = processes.of_home(home_id(home()))
+    if other := attached(home()):
+        say(f"would detach from {other}, which goes on")
+        return
     for proc in strays:
         say(f"would end pid {proc.pid} ({proc.name})")
     if not strays:
@@ -117,6 +124,16 @@ def examine(root: Path) -> tuple[Cluster | None, str | None]:
         if state:
             return None, f"an earlier start was interrupted ({len(strays)} processes left)"
         return None, f"a cluster without its state file is left (pids {pids})" if strays else None
+    if not cluster.processes:
+        try:
+            cluster.http("GET", "/api/gcs_healthz", timeout_s=20.0)
+        except ClusterError as error:
+            raise ClusterError(
+                f"this home is attached to {cluster.dashboard}, which `up` cannot start "
+                f"({str(error).split(';')[0]}); open its tunnel again, or `roundhouse down`, which "
+                "detaches"
+            ) from None
+        return cluster, None
     dead = [proc for proc in core(cluster) if not proc.alive()]
     if dead and not strays:
         return None, "the state file is stale: none of its processes runs any more"
@@ -125,6 +142,16 @@ def examine(root: Path) -> tuple[Cluster | None, str | None]:
         return None, f"the head is dead: {names} ended, {len(strays)} processes are left"
     cluster.http("GET", "/api/gcs_healthz", timeout_s=20.0)
     return cluster, None
+
+
+def attached(root: Path) -> str | None:
+    """Return the dashboard of a cluster that this home uses and did not start, if it does."""
+    try:
+        state = read_state(state_file(root)) or {}
+    except ClusterError:
+        return None  # not a state file of ours: collecting removes it
+    ours = state.get("state") != "ready" or state.get("processes")
+    return None if ours else str(state.get("dashboard"))
 
 
 def core(cluster: Cluster) -> list[Proc]:
@@ -172,7 +199,7 @@ def _start(root: Path, ports: Ports) -> Cluster:
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         ports=asdict(ports),
     )
-    _write_state(cluster, "starting")
+    write_state(cluster, "starting")
     environment = head.environment(root, token, cluster_id, ports, os.environ)
     head.start(head.command(ports, scratch, machine.look()), environment, empty, scratch)
     head.wait_for_dashboard(cluster)
@@ -182,7 +209,7 @@ def _start(root: Path, ports: Ports) -> Cluster:
     ready = from_state({**_state(cluster, "ready"), "processes": core_now})
     if missing := CORE - {str(entry["name"]) for entry in core_now}:
         raise ClusterError(f"{', '.join(sorted(missing))} ended right after the start; try again")
-    _write_state(ready, "ready")
+    write_state(ready, "ready")
     return ready
 
 
@@ -219,6 +246,7 @@ def _state(cluster: Cluster, state: str) -> dict[str, Any]:
     return {"schema": STATE_SCHEMA, "state": state, **asdict(cluster)}
 
 
-def _write_state(cluster: Cluster, state: str) -> None:
+def write_state(cluster: Cluster, state: str) -> None:
+    """Write down which cluster this home uses, for its owner alone."""
     text = json.dumps(_state(cluster, state), indent=2, default=str)
     write_private(state_file(cluster.home), text + "\n")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import ClusterError
 from cluster.home import home
 from cluster.package import CodePackage, Package, code_root, pack
+from cluster.ports import LOOPBACK
 
 if TYPE_CHECKING:
     import requests
@@ -45,7 +46,10 @@ class Cluster:
     """UTC, ISO 8601."""
     ports: Mapping[str, int]
     processes: tuple[Mapping[str, Any], ...] = ()
-    """The head's own: ``pid``, ``born`` (seconds since the epoch), ``name``."""
+    """The head's own: ``pid``, ``born`` (seconds since the epoch), ``name``; none when somebody
+    else started the cluster and this home is attached to it."""
+    scale: tuple[Mapping[str, Any], ...] = ()
+    """Machines that an autoscaler may start: ``name cpus gpus memory_bytes max``."""
 
     def token(self) -> str:
         """Return the bearer token; ClusterError when its file is gone."""
@@ -158,6 +162,7 @@ def from_state(state: Mapping[str, Any]) -> Cluster:
             started=state["started"],
             ports=dict(state["ports"]),
             processes=tuple(state["processes"]),
+            scale=tuple(state.get("scale", ())),
         )
     except (KeyError, TypeError) as error:
         raise ClusterError(f"cluster.json lacks {error}; {UP}, which mends it") from None
@@ -165,11 +170,13 @@ def from_state(state: Mapping[str, Any]) -> Cluster:
 
 def driver_environment(cluster: Cluster) -> dict[str, str]:
     """Return what a driver, ``ray job submit`` or ``serve deploy`` needs in its environment."""
+    # Without it Ray takes loopback for a mistake and uses the routable address instead; with it
+    # no other machine may join, so it is for the cluster of one machine only.
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(cluster.token_file),
-        # Without it Ray takes loopback for a mistake and uses the routable address instead.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        **(loopback if cluster.address.startswith(f"{LOOPBACK}:") else {}),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_ADDRESS": cluster.address,

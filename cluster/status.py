@@ -50,6 +50,26 @@ def nodes(cluster: Cluster) -> list[Node]:
     return found
 
 
+def room(cluster: Cluster) -> list[Node]:
+    """Return the living nodes, and idle ones for the machines that could still be started."""
+    report = (cluster.json("GET", "/api/cluster_status")["data"] or {}).get("clusterStatus") or {}
+    active = (report.get("autoscalerReport") or {}).get("activeNodes") or {}
+    could = [
+        Node(
+            name=f"{group['name']} to be started ({index})",
+            cpus=group["cpus"],
+            cpus_free=group["cpus"],
+            gpus=group["gpus"],
+            gpus_free=group["gpus"],
+            memory_bytes=group["memory_bytes"],
+            memory_free_bytes=group["memory_bytes"],
+        )
+        for group in cluster.scale
+        for index in range(int(active.get(group["name"], 0)) + 1, group["max"] + 1)
+    ]
+    return [*nodes(cluster), *could]
+
+
 def jobs(cluster: Cluster) -> list[dict[str, Any]]:
     """Return submitted jobs, newest first: ``id status entrypoint started ended`` (ms, epoch)."""
     rows = [
