@@ -28,7 +28,7 @@ config_app = typer.Typer(help="What a configuration file may say.", no_args_is_h
 Kind = Annotated[
     str | None,
     typer.Argument(
-        metavar="[KIND]",
+        metavar="KIND",
         help=f"{', '.join(SCHEMAS)}; by default all of them.",
         autocompletion=lambda incomplete: [k for k in SCHEMAS if k.startswith(incomplete)],
     ),

@@ -125,7 +125,7 @@ def chat(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="By default the only one there is.",
             autocompletion=complete_ref,
         ),

@@ -69,7 +69,7 @@ def test_the_tab_key_reaches_the_verbs_and_loads_nothing_heavy(library: Path) ->
     ("words", "told"),
     [
         (["models", "shwo"], "no such command 'shwo'; did you mean 'show'; see `roundhouse models"),
-        (["bogus"], "no such command 'bogus'; there are chat, config, "),
+        (["bogus"], "no such command 'bogus'; there are attach, chat, "),
         (["deploy"], "missing argument 'CONFIG'; see `roundhouse deploy --help`"),
         (["up", "--prot", "3"], "no such option: --prot (Possible options: --port); see"),
     ],

@@ -61,9 +61,10 @@ READ_ONLY = {
     "models list",
     "models show",
     "models verify",
+    "monitor render",
     "status",
 }
-"""Verbs that change nothing, and so have nothing to rehearse."""
+"""Verbs that change nothing, but for a file that they are told to write: nothing to rehearse."""
 
 
 def verbs() -> dict[str, Any]:
