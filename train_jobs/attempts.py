@@ -110,9 +110,7 @@ def claim(run: RunDir) -> Iterator[None]:
             if time.monotonic() > deadline:
                 raise still_running(run)
             time.sleep(0.05)
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        file.flush()
+        _sign(file)
         yield
 
 
@@ -133,6 +131,11 @@ def is_driven(run: RunDir) -> bool:
             return not _lock(file)
     except FileNotFoundError:
         return False
+
+
+def is_driven_elsewhere(run: RunDir) -> bool:
+    """Say whether a process other than this one drives the run: its result is not ours to say."""
+    return is_driven(run) and (driver(run) or {}).get("pid") != os.getpid()
 
 
 def driver(run: RunDir) -> dict[str, Any] | None:
@@ -163,7 +166,15 @@ def writer(run: RunDir, rank: int) -> Iterator[None]:
                     f"{WRITER_S:.0f} s; end that process, then try again"
                 )
             time.sleep(0.2)
+        _sign(file)
         yield
+
+
+def _sign(file: IO[str]) -> None:
+    """Write into a lock who holds it."""
+    file.truncate(0)
+    file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+    file.flush()
 
 
 def _open(path: Path) -> IO[str]:

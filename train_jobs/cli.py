@@ -10,6 +10,7 @@ import typer
 
 from cluster import console
 from cluster.errors import ClusterError
+from cluster.options import AsJson, DryRun
 
 if TYPE_CHECKING:
     from cluster.session import Cluster
@@ -17,12 +18,17 @@ if TYPE_CHECKING:
     from train_jobs.runs import RunDir
     from train_jobs.task import Task
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace one field, as optim.lr=1e-4."),
 ]
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Return the ids of runs for the tab key, the newest first."""
+    from train_jobs.runs import every
+
+    return [run.id for run in every() if run.id.startswith(incomplete)]
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +47,12 @@ def train(
     overrides: Sets = None,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", metavar="RUN", help="Go on from a run's newest checkpoint."),
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            help="Go on from a run's newest checkpoint.",
+            autocompletion=complete_run,
+        ),
     ] = None,
     local: Annotated[
         int | None,
@@ -99,7 +110,13 @@ def _resume(name: str, local: int | None, dry_run: bool) -> None:
     if dry_run:
         console.out(resume.describe(run, path, line))
         console.result(
-            {"run": run.id, "checkpoint": path, "step": read_meta(path).step, "submit": line}
+            {
+                "dry_run": True,
+                "run": run.id,
+                "checkpoint": path,
+                "step": read_meta(path).step,
+                "submit": line,
+            }
         )
     elif cluster:
         _require_room(cluster, config)

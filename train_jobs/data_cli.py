@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster import console
-from train_jobs.cli import AsJson, Sets
+from cluster.options import AsJson
+from train_jobs.cli import Sets
 
 if TYPE_CHECKING:
     from train_jobs.data.preview import Piece

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from cluster import console
 from cluster.errors import JobError
+from train_jobs import attempts
 from train_jobs.runs import RunDir
 
 State = Literal["waiting", "running", "succeeded", "failed"]
@@ -56,7 +57,8 @@ def follow(run: RunDir, job: Job, offset: int = 0) -> int:
         told = (result or {}).get("error")
         why = job.why()
         told = f"{told}\n{why}" if told and told not in why else why
-        run.finish({"status": "failed", "error": told})
+        if not attempts.is_driven_elsewhere(run):
+            run.finish({"status": "failed", "error": told})
         raise JobError(told + way_on(run))
     if result["status"] == "stopped":
         raise JobError(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from cluster import home
 from cluster.errors import ClusterError, JobError
 from train_jobs import attempts, checkpoint
 from train_jobs.follow import line
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
 POLL_S = 0.5
 END_S = 30.0
 """From ending a job by force until it is gone."""
-
-
-def runs() -> list[RunDir]:
-    """Return all runs, the newest first."""
-    found = [path.parent for path in home.runs_dir().glob("*/config.json")]
-    return [RunDir(p) for p in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)]
 
 
 def statuses(cluster: Cluster) -> dict[str, str]:

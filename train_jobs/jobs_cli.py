@@ -9,7 +9,8 @@ import typer
 
 from cluster import console
 from cluster.errors import ClusterError, ConfigError
-from train_jobs.cli import AsJson, DryRun, find_cluster
+from cluster.options import AsJson, DryRun
+from train_jobs.cli import complete_run, find_cluster
 
 if TYPE_CHECKING:
     from cluster.session import Cluster
@@ -18,7 +19,12 @@ FOLLOW_S = 1.0
 STOP_S = 120.0
 
 app = typer.Typer(help="Training jobs: what they do, what they print, end them.")
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, as `jobs list` shows it.")]
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run's id, as `jobs list` shows it.", autocompletion=complete_run
+    ),
+]
 
 
 @app.command("list")
@@ -29,9 +35,10 @@ def list_jobs(
     """Show the runs, the newest first: state, step, loss, when they started."""
     console.use_json(as_json)
     from train_jobs import jobs
+    from train_jobs.runs import every
 
     known = _statuses()
-    rows = [jobs.overview(run, known) for run in jobs.runs()[:limit]]
+    rows = [jobs.overview(run, known) for run in every()[:limit]]
     shown = [
         (
             row["run"],
@@ -92,11 +99,14 @@ def stop_job(
     run = RunDir.find(name)
     if dry_run:
         now = jobs.overview(run, _statuses())
+        would_stop = now["state"] in {"running", "waiting"}
         console.out(
             f"run {run.id} is {now['state']} at step {now['step'] or 0}; it would be asked to save "
             f"a checkpoint, and ended after {timeout:.0f} s if it has not"
         )
-        console.result({**now, "would_stop": now["state"] in {"running", "waiting"}})
+        console.result(
+            {"dry_run": True, **now, "would_stop": would_stop}
+        )
         return
     for told in jobs.stop(run, find_cluster(required=False), timeout):
         console.out(told)

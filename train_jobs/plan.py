@@ -84,6 +84,7 @@ def rehearsal(task: Task, nodes: Sequence[Node] | None, line: str) -> dict[str, 
     added = added_parameters(config.adapter, task.base.path) if config.adapter else None
     memory = of_rank(config, task.base.manifest.architecture, task.train, dtype, added)
     return {
+        "dry_run": True,
         "config": config.model_dump(mode="json"),
         "deepspeed": config.deepspeed(dtype, on_gpu=device != "cpu"),
         "data": totals(task.train),

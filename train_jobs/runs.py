@@ -55,15 +55,11 @@ class RunDir:
     @classmethod
     def find(cls, name: str) -> RunDir:
         """Return the run of that id; ConfigError names those there are."""
-        known = sorted(
-            (path.parent for path in home.runs_dir().glob("*/config.json")),
-            key=lambda path: path.stat().st_mtime,
-            reverse=True,
-        )
-        for path in known:
-            if path.name == name:
-                return cls(path)
-        newest = ", ".join(path.name for path in known[:5])
+        known = every()
+        for run in known:
+            if run.id == name:
+                return run
+        newest = ", ".join(run.id for run in known[:5])
         raise ConfigError(
             f"no run {name!r:.80}; "
             + (f"the newest are {newest}" if newest else f"{home.runs_dir()} holds no run yet")
@@ -169,3 +165,10 @@ class RunDir:
                     return
                 offset += len(line)
                 yield json.loads(line), offset
+
+
+def every() -> list[RunDir]:
+    """Return all runs, the newest first."""
+    # the configuration is written once, when the run is made
+    found = [(path.stat().st_mtime, path.parent) for path in home.runs_dir().glob("*/config.json")]
+    return [RunDir(path) for _, path in sorted(found, reverse=True)]

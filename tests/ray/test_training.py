@@ -23,27 +23,28 @@ NAME = "train-tiny"
 @pytest.fixture
 def config(cluster: Rig, tmp_path: Path) -> Path:
     """A model in the cluster's library, data, and a file that trains one on the other."""
+    return write_config(cluster, tmp_path, {"steps": 8, "save_every": 4})
+
+
+def write_config(cluster: Rig, folder: Path, run: dict[str, Any], **changes: Any) -> Path:
     library = Library(cluster.home / "library")
     if not library.versions(NAME):
-        source = save_tiny(tmp_path / "base", vocab_size=400)
+        source = save_tiny(folder / "base", vocab_size=400)
         write_tokenizer(source)
         library.publish(NAME, source, Facts(licence="apache-2.0", notes=("random",)))
     for name, count in (("train", 24), ("heldout", 6)):
         rows = [dialogue(number) for number in range(count)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{name}.jsonl").write_text(text)
-    path = tmp_path / "tiny-sft.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "model": f"{NAME}@1",
-                "data": {"train": "train.jsonl", "heldout": "heldout.jsonl", "max_len": 128},
-                "optim": {"lr": 1e-2},
-                "batch": {"total": 4},
-                "run": {"workers": 2, "steps": 8, "save_every": 4, "num_cpus": 0.5},
-            }
-        )
-    )
+        (folder / f"{name}.jsonl").write_text(text)
+    path = folder / "tiny-sft.yaml"
+    fields: dict[str, Any] = {
+        "model": f"{NAME}@1",
+        "data": {"train": "train.jsonl", "heldout": "heldout.jsonl", "max_len": 128},
+        "optim": {"lr": 1e-2},
+        "batch": {"total": 4},
+        "run": {"workers": 2, "num_cpus": 0.5, **run},
+    }
+    path.write_text(yaml.safe_dump(fields | changes))
     return path
 
 

@@ -17,8 +17,9 @@ import pytest
 from cluster.errors import ConfigError, JobError
 from tests.unit.test_train_checkpoint import written
 from train_jobs import attempts, finetune, jobs, resume
+from train_jobs.cli import complete_run
 from train_jobs.config import FinetuneConfig
-from train_jobs.runs import RunDir
+from train_jobs.runs import RunDir, every
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS: dict[str, Any] = {
@@ -31,7 +32,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from train_jobs import attempts
-from train_jobs.runs import RunDir
+from train_jobs.runs import RunDir, every
 run = RunDir(Path(sys.argv[1]))
 with attempts.claim(run), attempts.writer(run, 0):
     print("held", flush=True)
@@ -236,5 +237,6 @@ def test_the_logs_of_plain_processes_are_their_files(run: RunDir) -> None:
 def test_runs_are_listed_newest_first(run: RunDir) -> None:
     later = RunDir.create("later")
     later.config.write_text("{}")
-    os.utime(later.path, (time.time() + 5, time.time() + 5))
-    assert jobs.runs() == [later, run]
+    os.utime(later.config, (time.time() + 5, time.time() + 5))
+    assert every() == [later, run]
+    assert complete_run("l") == [later.id]
