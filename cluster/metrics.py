@@ -32,9 +32,9 @@ NONE = "none"
 OTHER = "other"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Metric:
-    """One metric; its name carries the unit where it has one."""
+    """One metric; its name carries the unit where it has one. Each exists once: ``is`` decides."""
 
     name: str
     kind: Kind

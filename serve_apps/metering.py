@@ -39,6 +39,7 @@ class ReplicaMeter:
         self._active: str | None = None
         self._shown: set[str] = set()
         self._looked: float | None = None
+        self._calls: set[CallMeter] = set()
 
     def labels(self, version: str | None) -> dict[str, str]:
         """Return the labels of a version, by default the one that answers."""
@@ -52,15 +53,16 @@ class ReplicaMeter:
     def call(self, answers: int) -> Iterator[CallMeter]:
         """Follow one call of so many answers; whatever ends it is counted."""
         watch = CallMeter(self, answers)
+        self._calls.add(watch)
+        otherwise = "error"
         try:
             yield watch
         except (GeneratorExit, asyncio.CancelledError):
-            watch.end("cancelled")
+            otherwise = "cancelled"
             raise
-        except BaseException:
-            watch.end("error")
-            raise
-        watch.end("error")
+        finally:
+            self._calls.discard(watch)
+            watch.end(otherwise)
 
     def look(self, stats: EngineStats) -> None:
         """Show the gauges of this moment, and pass the counters on."""
@@ -76,6 +78,12 @@ class ReplicaMeter:
             waited = stats.waiting * (now - self._looked)
             self.tally.add(metrics.QUEUE_SECONDS, waited, **labels)
         self._looked = now
+        self.flush()
+
+    def flush(self) -> None:
+        """Pass on what every call has counted so far."""
+        for watch in self._calls:
+            watch.drain()
         self.tally.flush()
 
     async def run(self, stats: Callable[[], Awaitable[EngineStats]]) -> None:
@@ -85,7 +93,7 @@ class ReplicaMeter:
                 self.look(await stats())
             except RoundhouseError as error:  # the health check tells it, and acts
                 log.debug("no gauges: %s", error)
-                self.tally.flush()
+                self.flush()
             await asyncio.sleep(PERIOD_S)
 
     def _show(
@@ -104,35 +112,36 @@ class CallMeter:
         self._owner, self._open = owner, answers
         self._began = owner.clock()
         self._last: dict[int, tuple[float, int]] = {}
-        self._version: str | None = None
+        self._labels: dict[str, str] | None = None
         self._reason: str | None = None
+        self._tokens, self._between, self._between_s = 0, 0, 0.0
 
     def saw(self, event: Event) -> None:
         """Count an event on its way out."""
-        owner, now = self._owner, self._owner.clock()
-        self._version = event.version
-        labels, add = owner.labels(event.version), owner.tally.add
-        if last := self._last.get(event.index):
-            then, before = last
-            if fresh := event.completion_tokens - before:
-                owner.meter.observe(metrics.INTER_TOKEN.spread, (now - then) / fresh, **labels)
-                add(metrics.INTER_TOKEN.seconds, now - then, **labels)
-                add(metrics.INTER_TOKEN.count, fresh, **labels)
-        else:
-            fresh, waited = event.completion_tokens, now - self._began
-            owner.meter.observe(metrics.TIME_TO_FIRST_TOKEN.spread, waited, **labels)
-            add(metrics.TIME_TO_FIRST_TOKEN.seconds, waited, **labels)
-            add(metrics.TIME_TO_FIRST_TOKEN.count, 1, **labels)
-            add(metrics.PROMPT_TOKENS, event.prompt_tokens, **labels)
-        add(metrics.GENERATION_TOKENS, fresh, **labels)
-        if fresh or last is None:
+        now = self._owner.clock()
+        if self._labels is None:  # the version is the same on every event of a call
+            self._labels = self._owner.labels(event.version)
+        last = self._last.get(event.index)
+        if last is None:
+            self._first(event, now, self._labels)
+        elif fresh := event.completion_tokens - last[1]:
+            spent = now - last[0]
+            self._owner.meter.observe(metrics.INTER_TOKEN.spread, spent / fresh, **self._labels)
+            self._tokens += fresh
+            self._between += fresh
+            self._between_s += spent
             self._last[event.index] = now, event.completion_tokens
         if event.finish:
-            self._open -= 1
-            whole = now - self._began
-            owner.meter.observe(metrics.E2E.spread, whole, **labels)
-            add(metrics.E2E.seconds, whole, **labels)
-            add(metrics.REQUEST_SUCCESS, 1, **labels, finished_reason=event.finish)
+            self._finished(event.finish, now, self._labels)
+
+    def drain(self) -> None:
+        """Hand on the tokens counted since the last time."""
+        if self._labels and self._tokens:
+            add, labels = self._owner.tally.add, self._labels
+            add(metrics.GENERATION_TOKENS, self._tokens, **labels)
+            add(metrics.INTER_TOKEN.count, self._between, **labels)
+            add(metrics.INTER_TOKEN.seconds, self._between_s, **labels)
+            self._tokens, self._between, self._between_s = 0, 0, 0.0
 
     def failed(self, error: RoundhouseError) -> None:
         """Say what the call's open answers end with."""
@@ -143,7 +152,24 @@ class CallMeter:
 
     def end(self, otherwise: str) -> None:
         """Count the answers that have not ended, by the reason told before, or this one."""
+        self.drain()
         if self._open > 0:
-            labels = self._owner.labels(self._version)
+            labels = self._labels or self._owner.labels(None)
             reason = self._reason or otherwise
             self._owner.tally.add(metrics.REQUEST_FAILURE, self._open, **labels, reason=reason)
+
+    def _first(self, event: Event, now: float, labels: dict[str, str]) -> None:
+        waited, add = now - self._began, self._owner.tally.add
+        self._owner.meter.observe(metrics.TIME_TO_FIRST_TOKEN.spread, waited, **labels)
+        add(metrics.TIME_TO_FIRST_TOKEN.seconds, waited, **labels)
+        add(metrics.TIME_TO_FIRST_TOKEN.count, 1, **labels)
+        add(metrics.PROMPT_TOKENS, event.prompt_tokens, **labels)
+        self._tokens += event.completion_tokens
+        self._last[event.index] = now, event.completion_tokens
+
+    def _finished(self, finish: str, now: float, labels: dict[str, str]) -> None:
+        self._open -= 1
+        whole, add = now - self._began, self._owner.tally.add
+        self._owner.meter.observe(metrics.E2E.spread, whole, **labels)
+        add(metrics.E2E.seconds, whole, **labels)
+        add(metrics.REQUEST_SUCCESS, 1, **labels, finished_reason=finish)

@@ -109,7 +109,7 @@ class Replica:
         if self._measuring and self._meter:
             self._measuring.cancel()
             await asyncio.gather(self._measuring, return_exceptions=True)
-            self._meter.tally.flush()
+            self._meter.flush()
 
     async def _events(self, call: Call) -> AsyncGenerator[Event, None]:
         version, text, prompts = await self._admit(call)

@@ -16,6 +16,7 @@ import psutil
 
 from cluster import ports, processes
 from cluster.errors import ClusterError, MonitorError
+from cluster.local import home_id
 from cluster.monitoring.files import DASHBOARD, Place, rendered
 from cluster.ports import LOOPBACK
 from cluster.private import locked, make_private_dir, write_private
@@ -142,8 +143,8 @@ def _start(program: str, cluster: Cluster, folder: Path, port: int) -> Server:
         process = subprocess.Popen(
             command(program, folder, port),
             cwd=folder,
-            # the mark by which `down` finds what belongs to the cluster
-            env={**os.environ, processes.MARK: cluster.cluster_id},
+            # the mark by which `down` finds what belongs to the home
+            env={**os.environ, processes.MARK: f"{home_id(cluster.home)}-monitoring"},
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,

@@ -24,7 +24,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from cluster import metrics, session
+from cluster import local, metrics, processes, session
 from cluster.errors import ClusterError, MonitorError
 from cluster.monitoring import cli, grafana, server
 from cluster.monitoring.alerts import ALERTS, rules
@@ -139,7 +139,6 @@ mark = pathlib.Path(options["storage.tsdb.path"]).with_name("seen")
 def note(word):
     with mark.open("a") as file:
         file.write(word + "\\n")
-note(os.environ["ROUNDHOUSE_CLUSTER_ID"])
 signal.signal(signal.SIGHUP, lambda *_: note("again"))
 if pathlib.Path("broken").exists():
     sys.exit("the configuration is not to my liking")
@@ -201,7 +200,9 @@ def test_up_writes_private_files_and_starts_one_prometheus(here: Cluster) -> Non
     assert found["authorization"] == {"type": "Bearer", "credentials_file": str(here.token_file)}
     for path in (p for p in folder.rglob("*") if p.is_file() and p.name != "seen"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
-    assert (folder / "seen").read_text() == "id-1\n", "the mark by which `down` finds it"
+    assert started.pid in {proc.pid for proc in processes.of_home(local.home_id(here.home))}, (
+        "`roundhouse down` finds it by its mark"
+    )
 
     again = server.up(here, None, said.append)
     assert again == started
@@ -209,7 +210,7 @@ def test_up_writes_private_files_and_starts_one_prometheus(here: Cluster) -> Non
     (folder / "alerts.yml").write_text("groups: []\n")
     assert server.up(here, None, said.append) == started
     assert said == ["Prometheus reads its files again"]
-    until(lambda: "again" in (folder / "seen").read_text())
+    until(lambda: (folder / "seen").is_file() and "again" in (folder / "seen").read_text())
     with pytest.raises(MonitorError, match=f"runs on port {started.port} already"):
         server.up(here, started.port + 1, said.append)
 
