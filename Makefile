@@ -2,6 +2,8 @@
 #
 #   make install   .venv from pyproject.toml and constraints.txt (both begin with it)
 #   make check     format, lint, types
+#   make demo-lora the demo with a low-rank adapter, served merged
+#   make bench     serving and training beside their peers; bench-check holds the results to targets
 #   make down      stop what `make demo` left running
 #   make clean     delete .venv and .roundhouse (models, runs, keys)
 #
@@ -15,10 +17,20 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test install check unit parity ray down clean
+.PHONY: demo demo-lora bench bench-check test install check unit parity ray down clean
 
 demo: install
 	@$(BIN)/python -m benchmarks.demo
+
+demo-lora: install
+	@$(BIN)/python -m benchmarks.demo --lora
+
+bench: install
+	$(BIN)/python -m benchmarks.serve --json .roundhouse/bench-serve.json
+	$(BIN)/python -m benchmarks.train --json .roundhouse/bench-train.json
+
+bench-check: install
+	@$(BIN)/python -m benchmarks.check
 
 test: check unit parity ray
 

@@ -2,11 +2,12 @@
 
 Every step is a verb that a user would type, printed before it runs. What was measured goes to
 ``demo.json`` under ``ROUNDHOUSE_HOME``. Run again, it skips what is done and starts from the
-untrained version.
+untrained version. ``--lora`` trains a low-rank adapter instead, which is served merged.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from cluster.session import Cluster, current
 
 MODEL = "smollm2-135m-instruct"
 SERVE = "configs/serve/demo.yaml"
-TRAIN = "configs/train/demo-sft.yaml"
+TRAIN = {"full": "configs/train/demo-sft.yaml", "lora": "configs/train/demo-lora.yaml"}
 QUESTIONS = ROOT / "train_jobs/data/demo/questions.json"
 CLIENTS = 8
 LOAD_TOKENS = 48
@@ -57,9 +58,12 @@ class StepFailed(RoundhouseError):
 
 def main() -> int:
     """Do the main job; return 0 when every step did what it should."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--lora", action="store_true", help="train an adapter, serve it merged")
+    method = "lora" if parser.parse_args().lora else "full"
     console.print("\n[bold]Roundhouse[/bold]: fine-tune a real model on a Ray cluster and serve it")
     try:
-        demo()
+        demo(method)
     except KeyboardInterrupt:
         console.print("\nstopped. `make demo` goes on from here; `make down` ends what runs")
         return 130
@@ -70,7 +74,7 @@ def main() -> int:
     return 0
 
 
-def demo() -> None:
+def demo(method: str) -> None:
     """Go through the main job, one verb after the other."""
     began = time.monotonic()
     seconds: dict[str, float] = {"install": install_seconds()}
@@ -97,7 +101,7 @@ def demo() -> None:
     console.print("\n[bold]Before training[/bold]")
     before = ask_all(client, asked)
 
-    seconds["train"], result = train()
+    seconds["train"], result = train(TRAIN[method])
     published = result["published"]
 
     seconds["promote"] = roundhouse("promote", published)
@@ -110,6 +114,7 @@ def demo() -> None:
 
     report = {
         "schema_version": SCHEMA_VERSION,
+        "method": method,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "env": env_block(),
         "seconds": {key: round(value, 1) for key, value in seconds.items()},
@@ -135,10 +140,10 @@ def roundhouse(*args: str) -> float:
     return time.monotonic() - clock
 
 
-def train() -> tuple[float, dict[str, Any]]:
+def train(config: str) -> tuple[float, dict[str, Any]]:
     """Run the training verb; return its seconds and the run's result file."""
     known = set(runs_dir().glob("*/result.json"))
-    taken = roundhouse("train", TRAIN)
+    taken = roundhouse("train", config)
     fresh = set(runs_dir().glob("*/result.json")) - known
     if len(fresh) != 1:
         raise StepFailed(f"training left {len(fresh)} new result files in {runs_dir()}, not one")
@@ -221,7 +226,8 @@ def show(
         "install": f"{seconds['install']:.0f} s",
         "cluster up": f"{seconds['up']:.1f} s",
         "deploy to first answer": f"{seconds['first_answer']:.1f} s",
-        "training": f"{seconds['train']:.0f} s, {training['tokens_per_s']:.0f} tokens/s",
+        f"training ({report['method']})": f"{seconds['train']:.0f} s, "
+        f"{training['tokens_per_s']:.0f} tokens/s",
         "held-out loss": f"{training['heldout_loss_before']:.3f} → "
         f"{training['heldout_loss_after']:.3f}",
         "promotion to live": f"{seconds['promote']:.1f} s",

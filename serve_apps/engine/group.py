@@ -1,9 +1,9 @@
 """The process group of an engine's ranks: how rank 0's plans reach the others, in order.
 
-Three groups, because each may be used by one thread only: plans (the step loop's), loads (the
-loader's), and one that transformers makes for each version it shards. They meet through a file
-in a directory that only this user can enter, so no port listens for strangers; gloo's own sockets
-stay on the loopback, for the ranks of a replica share one node.
+A group may be used by one thread at a time, so there are several: plans (the step loop's), loads
+(the loader's, beside the default one that transformers uses), and one for each version. They meet
+through a file in a directory that only this user can enter, so no port listens for strangers;
+gloo's own sockets stay on the loopback, for the ranks of a replica share one node.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from cluster.errors import EngineError, RoundhouseError
 from serve_apps.engine import attention, packing, tensor_parallel
@@ -83,7 +83,7 @@ class LoadedModel:
             torch.distributed.destroy_process_group(self._group)
             self._group = None
 
-    def prepare(self) -> None:
+    def prepare(self, step_timeout_s: float = 60.0) -> None:
         """Pack the weights, put our attention in, and prove both on a few tokens.
 
         EngineError names the model type and what does not hold.
@@ -94,13 +94,13 @@ class LoadedModel:
         parameters = inspect.signature(self._module.forward).parameters
         if missing := {"position_ids", "logits_to_keep"} - set(parameters):
             raise self._refused(f"its forward takes no {', '.join(sorted(missing))}")
+        if self._ranks > 1:
+            self._group = tensor_parallel.make_local(self._module, step_timeout_s)
         length = min(11, self.context or 11)
         ids = [(7 * i + 1) % self.vocab_size for i in range(length)]
         row = torch.tensor([ids], device=self.device)
         with torch.inference_mode():
             reference = self._module(input_ids=row, use_cache=False).logits[0].float()
-        if self._ranks > 1:
-            self._group = tensor_parallel.make_local(self._module)
         self.weight_bytes = sum(p.nbytes for p in self._module.parameters())
         if packing.packs(self.device, self.dtype):
             packing.pack_linears(self._module)
@@ -175,7 +175,7 @@ def read_model(
         module = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=False, use_safetensors=True, **sharding
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise EngineError(f"{directory} cannot be loaded as a causal decoder: {error}") from error
     module.to(device).eval().requires_grad_(False)
     return LoadedModel(module, path, ranks)

@@ -14,16 +14,13 @@ from typing import Any
 
 from cluster.errors import ConfigError
 
-DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 
 
 def divided_sizes(config: Mapping[str, Any]) -> dict[str, int]:
     """Return the sizes of a Hugging Face ``config.json`` that ranks share among them."""
     text = config.get("text_config") or config
-    sizes = {name: int(text[name]) for name in DIVIDED if text.get(name)}
-    if not text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)):
-        sizes |= {"vocab_size": int(text["vocab_size"])} if text.get("vocab_size") else {}
-    return sizes
+    return {name: int(text[name]) for name in DIVIDED if text.get(name)}
 
 
 def check_divides(config: Mapping[str, Any], ranks: int, name: str) -> None:

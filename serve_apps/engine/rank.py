@@ -158,7 +158,7 @@ class Rank:
         model = group.all_or_none(
             lambda: read_model(directory, self._device, self._dtype, spec.num_ranks)
         )
-        group.all_or_none(model.prepare)
+        group.all_or_none(lambda: model.prepare(spec.step_timeout_s))
         trim()
         length = min(spec.max_model_len, model.context or spec.max_model_len)
         cache = self._cache

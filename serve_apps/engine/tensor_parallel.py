@@ -1,22 +1,31 @@
 """A model that transformers cut for several ranks, with plain tensors in its linear layers.
 
 transformers keeps each rank's share as DTensors and unwraps them in every call. Here the shares
-become ordinary layers once: column-wise ones need nothing more, row-wise ones one all-reduce of
-their output (Shoeybi et al., 2019, section 3), and packing (`packing.py`) sees ``nn.Linear``.
+become ordinary layers once: column-wise ones need nothing more, row-wise ones and embeddings one
+all-reduce of their output (Shoeybi et al., 2019, section 3); packing (`packing.py`) sees
+``nn.Linear``.
 """
 
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from cluster.errors import EngineError
 from serve_apps.engine.partition import check_directory
+
+STYLES = {
+    nn.Linear: ("colwise", "rowwise", "colwise_gather_output"),
+    nn.Embedding: ("embedding_rowwise",),
+}
+"""What of transformers' plans is computed here: by layer class."""
 
 
 class RowwiseLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
@@ -48,6 +57,24 @@ class GatheredLinear(nn.Module):  # type: ignore[misc]
         return torch.cat(parts, dim=-1)
 
 
+class VocabularyPart(nn.Module):  # type: ignore[misc]
+    """An embedding of which each rank holds the rows of some ids: the others add zeros."""
+
+    def __init__(self, weight: nn.Parameter, group: Any) -> None:
+        super().__init__()
+        self.weight, self._group = weight, group
+        self._first = dist.get_rank(group) * weight.shape[0]
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of ``ids``, whole on every rank."""
+        here = ids - self._first
+        foreign = (here < 0) | (here >= self.weight.shape[0])
+        out = F.embedding(here.masked_fill(foreign, 0), self.weight)
+        out.masked_fill_(foreign[..., None], 0)
+        dist.all_reduce(out, group=self._group)
+        return out
+
+
 def sharding_arguments(path: Path, ranks: int) -> dict[str, Any]:
     """Return what ``from_pretrained`` needs so that each rank reads and keeps its share only.
 
@@ -68,32 +95,41 @@ def sharding_arguments(path: Path, ranks: int) -> dict[str, Any]:
     return {"distributed_config": DistributedConfig(tp_size=ranks)}
 
 
-def make_local(module: Any) -> Any:
-    """Replace the sharded linear layers of ``module`` in place; return their process group.
+def make_local(module: Any, timeout_s: float) -> Any:
+    """Replace the sharded layers of ``module`` in place; return their process group.
 
-    Layers that are cut in another way stay as transformers made them.
+    The group is new, and this version's alone: transformers gives every model the same one, and
+    one version is proven on the loader's thread while another computes steps. A collective of it
+    fails after ``timeout_s``. EngineError when the plan cuts a layer in a way not known here.
     """
     from torch.distributed.tensor import DTensor
 
-    group = module._mesh_manager.get_mesh("tp").get_group()
+    group = dist.new_group(timeout=timedelta(seconds=timeout_s))
     plan = module.tp_plan
     for name, layer in list(module.named_modules()):
-        if type(layer) is not nn.Linear or not isinstance(layer.weight, DTensor):
+        if not any(isinstance(p, DTensor) for p in layer.parameters(recurse=False)):
             continue
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
-        bias = None if layer.bias is None else _local(layer.bias)
-        weight = _local(layer.weight)
-        if style == "colwise":
-            made: nn.Module = _linear(weight, bias)
-        elif style == "rowwise":
-            made = RowwiseLinear(_linear(weight, None), bias, group)
-        elif style == "colwise_gather_output":
-            made = GatheredLinear(_linear(weight, bias), group)
-        else:
-            continue
+        if style not in STYLES.get(type(layer), ()):
+            raise EngineError(
+                f"model type {module.config.model_type!r}: the tensor-parallel plan cuts {name} "
+                f"({style}), which this engine does not; serve it with engine.tensor_parallel: 1"
+            )
         parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, made)
+        setattr(module.get_submodule(parent), child, _made(layer, style, group))
     return group
+
+
+def _made(layer: Any, style: str, group: Any) -> nn.Module:
+    weight = _local(layer.weight)
+    if style == "embedding_rowwise":
+        return VocabularyPart(weight, group)
+    bias = None if layer.bias is None else _local(layer.bias)
+    if style == "rowwise":
+        return RowwiseLinear(_linear(weight, None), bias, group)
+    if style == "colwise_gather_output":
+        return GatheredLinear(_linear(weight, bias), group)
+    return _linear(weight, bias)
 
 
 def _local(parameter: Any) -> nn.Parameter:

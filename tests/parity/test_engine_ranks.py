@@ -59,7 +59,8 @@ def pair(loop: LoopThread, tiny: Path, tiny2: Path) -> Iterator[ShardedEngine]:
 def test_smollm2_on_three_ranks_answers_like_one_and_like_transformers(
     loop: LoopThread, smollm2: Path, smollm2_reference: Reference
 ) -> None:
-    texts, theirs = smollm2_reference
+    texts, (ids, gaps) = smollm2_reference
+    texts, theirs = texts[:8], (ids[:8], gaps[:8])
     config = tiny_config(tensor_parallel=3, max_concurrent=20, max_queued=20, max_batch_tokens=128)
 
     async def run() -> list[list[int]]:
