@@ -35,6 +35,8 @@ models:
 """
 SEEN_S = 150.0
 """Ray passes numbers on every 10 s, Prometheus asks every 10 s, and a rate needs two answers."""
+ONLY_WHEN_IT_FAILS = {"Server errors", "Answers that did not end", "GPU"}
+"""Panels whose zero is made, and means that nothing failed (or that there is no GPU)."""
 TRAINER = """
 import sys, time
 from pathlib import Path
@@ -180,6 +182,8 @@ def ask(url: str, expr: str) -> list[float]:
 def test_every_panel_shows_data_through_a_real_prometheus(prometheus: str) -> None:
     missing = {
         f"{panel.title}: {query.legend}": query.expr
+        if panel.title in ONLY_WHEN_IT_FAILS
+        else query.expr.replace(" or vector(0)", "")
         for row in ROWS
         for panel in row.panels
         for query in panel.queries
@@ -193,8 +197,6 @@ def test_every_panel_shows_data_through_a_real_prometheus(prometheus: str) -> No
         time.sleep(1)
     # three targets, found behind the token
     assert ask(prometheus, 'up{job="roundhouse"}') == [1, 1, 1]
-    waited = ask(prometheus, "sum(ray_roundhouse_request_queue_seconds_total)")
-    assert waited[0] > 0, "three clients, two places: somebody waits"
     rules = requests.get(f"{prometheus}/api/v1/rules", timeout=30).json()["data"]["groups"]
     held = {rule["name"]: (rule["health"], rule["state"]) for rule in rules[0]["rules"]}
     assert {health for health, _ in held.values()} == {"ok"}
