@@ -1,0 +1,139 @@
+"""What a base model allows, read from its headers; and the preview of what is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+import yaml
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+from cluster.errors import ConfigError
+from cluster.library.manifest import Facts
+from cluster.library.store import Library
+from tests.unit.library_fixtures import model
+from tests.unit.text_fixtures import write_tokenizer
+from train_jobs.adapters import added_parameters, check_targets, linear_layers, note
+from train_jobs.cli import register
+from train_jobs.config import LoRA
+from train_jobs.data.dataset import Document
+from train_jobs.data.preview import marked, pieces
+from train_jobs.plan import resolve
+from train_jobs.task import Task
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"hello {number}"},
+            {"role": "assistant", "content": "hello there"},
+        ]
+    }
+    for number in range(3)
+]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """Two blocks with attention and a feed-forward layer, norms and embeddings."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (16, 8),
+        "lm_head.weight": (16, 8),
+    }
+    for block in range(2):
+        at = f"model.layers.{block}"
+        shapes |= {f"{at}.self_attn.q_proj.weight": (8, 8), f"{at}.mlp.down_proj.weight": (8, 24)}
+        shapes |= {f"{at}.input_layernorm.weight": (8,), f"{at}.self_attn.q_proj.bias": (8,)}
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_the_linear_layers_of_the_blocks_are_what_an_adapter_can_go_to(base: Path) -> None:
+    assert linear_layers(base) == ("down_proj", "q_proj")
+
+
+def test_an_unknown_target_is_refused_with_those_there_are(base: Path) -> None:
+    check_targets(LoRA(kind="lora"), base)
+    check_targets(LoRA(kind="lora", targets=("q_proj",)), base)
+    with pytest.raises(ConfigError, match=r"'q_prj'; did you mean 'q_proj'\? .*down_proj, q_proj"):
+        check_targets(LoRA(kind="lora", targets=("down_proj", "q_prj")), base)
+    with pytest.raises(ConfigError, match="'lm_head'"):
+        check_targets(LoRA(kind="lora", targets=("lm_head",)), base)
+
+
+def test_the_size_of_an_adapter_is_counted_from_shapes(base: Path) -> None:
+    assert added_parameters(LoRA(kind="lora", r=2), base) == 2 * 2 * ((8 + 8) + (8 + 24))
+    assert added_parameters(LoRA(kind="lora", r=2, targets=("q_proj",)), base) == 2 * 2 * 16
+
+
+def test_a_manifest_says_what_was_merged() -> None:
+    lora = LoRA(kind="lora", r=8, alpha=16, targets=("q_proj", "v_proj"))
+    assert note(lora) == "LoRA merged: r=8, alpha=16, targets=q_proj, v_proj"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    source = model(tmp_path / "tiny")
+    write_tokenizer(source)
+    facts = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(facts | {"num_local_experts": 8}))
+    Library().publish("tiny", source, Facts())
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    path = tmp_path / "my.yaml"
+    fields: dict[str, Any] = {"model": "tiny", "data": {"train": "train.jsonl", "max_len": 64}}
+    path.write_text(yaml.safe_dump(fields | {"run": {"epochs": 1}}))
+    return path
+
+
+def test_tc36_experts_under_zero_3_are_refused_before_anything_waits(config: Path) -> None:
+    Task.load(resolve(config))
+    with pytest.raises(ConfigError, match=r"zero: 3 with tiny@1: .*num_local_experts=8.*zero: 2"):
+        Task.load(resolve(config, ["zero=3"]))
+
+
+def test_pieces_follow_the_mask_and_nothing_predicts_the_first_token() -> None:
+    document = Document("a:1", (1, 2, 3, 4, 5), (True, False, True, True, False))
+    parts = list(pieces(document, lambda ids: "".join(map(str, ids))))
+    assert [(part.text, part.trained, part.tokens) for part in parts] == [
+        ("12", False, 2),
+        ("34", True, 2),
+        ("5", False, 1),
+    ]
+    assert marked(parts) == "12[[34]]5"
+    assert sum(part.trained * part.tokens for part in parts) == document.trained_tokens
+
+
+def run(*words: str) -> str:
+    app = typer.Typer()
+    register(app)
+    ran = CliRunner().invoke(app, list(words))
+    if ran.exception and not isinstance(ran.exception, SystemExit):
+        raise ran.exception
+    assert ran.exit_code == 0, ran.output
+    return ran.stdout
+
+
+def test_tc20_preview_marks_what_is_trained(config: Path) -> None:
+    told = run("data", "preview", str(config), "-n", "2")
+    assert f"{config.parent / 'train.jsonl'}:1  " in told
+    assert "<|im_start|>assistant\n[[hello there<|im_end|>]]" in told
+    assert told.count("[[") == 2
+    assert "3 dialogues (0 left out) packed into " in told
+
+
+def test_tc20_preview_in_json_has_the_pieces(config: Path) -> None:
+    told = json.loads(run("data", "preview", str(config), "-n", "1", "--json"))
+    [shown] = told["shown"]
+    assert "".join(p["text"] for p in shown["pieces"]).startswith("<|im_start|>user\nhello 0")
+    assert sum(p["tokens"] for p in shown["pieces"] if p["trained"]) == shown["trained_tokens"]
+    assert told["trained_tokens"] == 3 * shown["trained_tokens"]
+
+
+def test_preview_of_what_is_not_held_out_says_so(config: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing is held out"):
+        run("data", "preview", str(config), "--heldout")
