@@ -68,10 +68,12 @@ def test_tc02_tc04_two_ranks_give_the_curve_of_one_process(
     assert (record["optimizer"], record["clip"], record["dtype"]) == ("AdamW", 1.0, "float32")
 
 
-def test_tc05_accumulation_is_only_bookkeeping(
-    one: Ranks, base: Path, data: Dataset, reference: dict[str, Any]
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_tc02_tc05_stages_and_accumulation_are_only_bookkeeping(
+    one: Ranks, base: Path, data: Dataset, reference: dict[str, Any], zero: int
 ) -> None:
-    [outcome] = one.run(work.curve, base, work.settings(zero=2, batch={"micro": 1}), data)
+    """In one process, too."""
+    [outcome] = one.run(work.curve, base, work.settings(zero=zero, batch={"micro": 1}), data)
     assert_same_curve(outcome, reference)
     # TC-27: the rate moves once an optimiser step, not once a micro-batch
     optim = Optim(lr=1e-2, warmup_ratio=0.1)

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import ConfigError, JobError
+from cluster.errors import ClusterError, ConfigError, JobError
 from tests.unit.test_train_checkpoint import written
-from train_jobs import attempts, finetune, jobs, resume
+from train_jobs import attempts, finetune, jobs, jobs_cli, resume
 from train_jobs.cli import complete_run
 from train_jobs.config import FinetuneConfig
 from train_jobs.runs import RunDir, every
@@ -240,3 +240,55 @@ def test_runs_are_listed_newest_first(run: RunDir) -> None:
     os.utime(later.config, (time.time() + 5, time.time() + 5))
     assert every() == [later, run]
     assert complete_run("l") == [later.id]
+
+
+class FakeCluster:
+    """A cluster's answers about jobs, and what it was asked to do."""
+
+    def __init__(self, run: RunDir, status: str) -> None:
+        self.run, self.status, self.asked = run, status, list[tuple[str, str]]()
+        self.logs = iter(["one\n", "one\ntwo\n", "one\ntwo\nthree\n"])
+
+    def json(self, method: str, path: str, **_: Any) -> Any:
+        self.asked.append((method, path))
+        if path.endswith("/logs"):
+            return {"logs": next(self.logs)}
+        return [{"submission_id": self.run.id, "status": self.status}, {"submission_id": None}]
+
+    def http(self, method: str, path: str, **_: Any) -> None:
+        self.asked.append((method, path))
+        self.status = "STOPPED"
+
+
+def test_a_job_that_waits_is_ended_over_the_clusters_interface(run: RunDir) -> None:
+    attempts.begin(run, lambda name: name)
+    cluster: Any = FakeCluster(run, "PENDING")
+    told = list(jobs.stop(run, cluster, limit_s=0.2))
+    assert ("POST", f"/api/jobs/{run.id}/stop") in cluster.asked
+    assert told[-1] == f"run {run.id}: failed after step 0"
+
+
+def test_following_a_log_prints_only_what_is_new(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempts.begin(run, lambda name: name)
+    cluster: Any = FakeCluster(run, "RUNNING")
+    monkeypatch.setattr(jobs_cli, "find_cluster", lambda required: cluster)
+    states = iter(["RUNNING", "RUNNING", "SUCCEEDED"])
+    monkeypatch.setattr(jobs_cli, "_statuses", lambda: {run.id: next(states)})
+    monkeypatch.setattr(jobs_cli, "FOLLOW_S", 0.0)
+    jobs_cli.show_logs(run.id, follow=True)
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+    with pytest.raises(ConfigError, match="--follow prints lines"):
+        jobs_cli.show_logs(run.id, follow=True, as_json=True)
+
+
+def test_a_log_that_went_with_its_cluster_leaves_the_runs_own_words(run: RunDir) -> None:
+    attempts.begin(run, lambda name: name)
+    run.append({"event": "published", "ref": "tiny@2"})
+
+    def gone() -> Any:
+        raise ClusterError("no cluster runs")
+
+    with pytest.raises(JobError, match=r"(?s)no cluster runs.*published tiny@2"):
+        jobs.log_of(run, gone)
