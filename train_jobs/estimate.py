@@ -16,7 +16,7 @@ from train_jobs.data.dataset import Dataset, trained_in
 if TYPE_CHECKING:
     from cluster.library.manifest import Architecture
 
-RUNTIME_BYTES = 1_250_000_000
+RUNTIME_BYTES = 1_150_000_000
 """Libraries, and what the allocator keeps of freed memory: seen in runs of 135M parameters."""
 LIVE_PARAMETERS = 1_000_000_000
 """Whole parameters that ZeRO 3 keeps gathered at most: DeepSpeed's stage3_max_live_parameters."""

@@ -104,9 +104,7 @@ def stop_job(
             f"run {run.id} is {now['state']} at step {now['step'] or 0}; it would be asked to save "
             f"a checkpoint, and ended after {timeout:.0f} s if it has not"
         )
-        console.result(
-            {"dry_run": True, **now, "would_stop": would_stop}
-        )
+        console.result({"dry_run": True, **now, "would_stop": would_stop})
         return
     for told in jobs.stop(run, find_cluster(required=False), timeout):
         console.out(told)

@@ -51,6 +51,7 @@ def test_tc32_the_estimate_is_near_what_two_ranks_took(
 
 def test_tc32_an_adapter_needs_a_fraction_of_the_optimiser() -> None:
     full, adapter = estimate(), estimate(ADDED)
+    assert sum(adapter.values()) / GIB == pytest.approx(2.25, rel=0.1)  # seen
     assert adapter["optimiser"] < 0.05 * full["optimiser"]
     assert adapter["weights"] == full["weights"] + 4 * ADDED
     assert sum(adapter.values()) < 0.7 * sum(full.values())
