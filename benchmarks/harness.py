@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -61,9 +62,12 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 class Side:
-    """One side in its own process; it answers one JSON line for each JSON line."""
+    """One side in its own process; it answers one JSON line for each JSON line.
 
-    def __init__(self, module: str, name: str, argv: Sequence[str]) -> None:
+    Between questions it is stopped: one side that waits busily would slow the others down.
+    """
+
+    def __init__(self, module: str, name: str, argv: Sequence[str], threads: int) -> None:
         """Start it and wait until it is ready; RuntimeError when it is not in ``START_S``."""
         self.name = name
         self._process = subprocess.Popen(
@@ -72,19 +76,25 @@ class Side:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         )
         self.ready = self._reply()
+        self._process.send_signal(signal.SIGSTOP)
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """Send one question and return its answer."""
         assert self._process.stdin
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
-        return self._reply()
+        told = self._reply()
+        self._process.send_signal(signal.SIGSTOP)
+        return told
 
     def close(self) -> None:
         """End it: its input ends, and after ten seconds it is killed."""
         assert self._process.stdin
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.close()
         try:
             self._process.wait(10)

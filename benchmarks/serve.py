@@ -214,7 +214,7 @@ def main() -> int:
     try:
         for name in SIDES:
             print(f"starting {name}", file=sys.stderr, flush=True)
-            sides.append(Side("benchmarks.serve", name, argv))
+            sides.append(Side("benchmarks.serve", name, argv, args.threads))
             samples[name] = {"start_s": [sides[-1].ready["started_s"]]}
         for number in range(args.rounds):
             for side in sides if number % 2 == 0 else reversed(sides):

@@ -57,17 +57,37 @@ class Rank:
         from cluster.device import resolve_dtype
         from serve_apps.engine.group import Group
 
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(self._spec.threads or max(1, cores // self._spec.num_ranks))
         self._device = self._pick_device()
         self._dtype = getattr(torch, resolve_dtype(self._spec.dtype, self._device.type))
         self._group: Group = Group(self._spec, self._device)
         hello = {"t": "hello", "rank": self._spec.rank, "pid": os.getpid()}
         self._send({**hello, "device": self._device.type})
-        threading.Thread(target=self._load_jobs, name="loader", daemon=True).start()
+        self._start_loader()
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         self._loop()
         self._ended = True
+
+    def _start_loader(self) -> None:
+        """Start the loader with one CPU thread, and give this thread all the others.
+
+        OpenMP keeps a team of threads for each thread that computes. With more of them in all
+        than there are cores, GNU's waits in the kernel at every layer instead of spinning: a step
+        of one request takes twice as long, even while the loader sleeps.
+        """
+        import torch
+
+        ready = threading.Event()
+
+        def load() -> None:
+            torch.set_num_threads(1)
+            torch.get_num_threads()  # a thread takes the number of that moment when it first asks
+            ready.set()
+            self._load_jobs()
+
+        threading.Thread(target=load, name="loader", daemon=True).start()
+        ready.wait()
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(self._spec.threads or max(1, cores // self._spec.num_ranks))
 
     def _pick_device(self) -> torch.device:
         import torch
