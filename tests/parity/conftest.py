@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from tests.parity.engine_fixtures import loop, smollm2, smollm2_reference, tiny, tiny2
+from tests.parity.engine_fixtures import (
+    imported,
+    loop,
+    smollm2,
+    smollm2_reference,
+    tiny,
+    tiny2,
+)
 
-__all__ = ["loop", "smollm2", "smollm2_reference", "tiny", "tiny2"]
+__all__ = ["imported", "loop", "smollm2", "smollm2_reference", "tiny", "tiny2"]

