@@ -21,7 +21,7 @@ from tests.parity.engine_fixtures import save_tiny
 from tests.ray.cluster_fixtures import Rig
 from tests.unit.text_fixtures import write_tokenizer
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 HI: Any = [{"role": "user", "content": "Hi"}]
 NAME = "cut"
 CONFIG = """
@@ -73,7 +73,7 @@ def back(rig: Rig, within_s: float) -> str | None:
     while True:
         try:
             return say(rig)
-        except openai.APIStatusError:
+        except openai.APIError:
             assert time.monotonic() < until, "the replica did not come back"
             time.sleep(0.2)
 
@@ -90,7 +90,7 @@ def test_sizes_that_do_not_divide_are_refused_before_anything_is_deployed(
     assert say(cut)
 
 
-def test_T30_T33_a_rank_that_dies_takes_its_replica_and_leaves_no_orphan(cut: Rig) -> None:
+def test_T30_a_rank_that_dies_takes_its_replica_and_leaves_no_orphan(cut: Rig) -> None:
     first, before = say(cut), rank_processes(cut)
     assert len(before) == 2
     answer = requests.post(
@@ -113,3 +113,22 @@ def test_T30_T33_a_rank_that_dies_takes_its_replica_and_leaves_no_orphan(cut: Ri
     after = rank_processes(cut)
     assert len(after) == 2
     assert not set(before) & set(after), "the whole replica was replaced"
+
+
+def test_T33_a_rank_that_hangs_is_found_by_its_health_and_replaced(cut: Rig) -> None:
+    first, before = say(cut), rank_processes(cut)
+    os.kill(before[-1], signal.SIGSTOP)  # every process is alive, no token comes any more
+
+    def ready() -> int:
+        return requests.get(f"{cut.cluster.serve_url}/readyz", timeout=10).status_code
+
+    until = time.monotonic() + 60  # the target is 12: one period, and the bound of one probe
+    while ready() != 503:
+        assert time.monotonic() < until, "nobody noticed"
+        time.sleep(0.2)
+    assert back(cut, 150) == first
+    assert not set(before) & set(rank_processes(cut)), "neither rank was left over"
+    until = time.monotonic() + 15
+    while ready() != 200:
+        assert time.monotonic() < until
+        time.sleep(0.2)
