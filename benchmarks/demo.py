@@ -35,6 +35,8 @@ QUESTIONS = ROOT / "train_jobs/data/demo/questions.json"
 CLIENTS = 8
 LOAD_TOKENS = 48
 ANSWER_TOKENS = 64
+STOP_S = 180.0
+"""For a verb to end after Ctrl-C; a second Ctrl-C does not wait."""
 SCHEMA_VERSION = 1
 
 console = Console(highlight=False)
@@ -140,7 +142,12 @@ def roundhouse(*args: str) -> float:
     """Run one verb in the terminal's sight; return its seconds."""
     console.print(f"\n[bold cyan]$ roundhouse {' '.join(args)}[/bold cyan]")
     clock = time.monotonic()
-    code = subprocess.call([sys.executable, "-m", "cluster.cli", *args], cwd=ROOT)
+    verb = subprocess.Popen([sys.executable, "-m", "cluster.cli", *args], cwd=ROOT)
+    try:
+        code = verb.wait()
+    except KeyboardInterrupt:
+        verb.wait(STOP_S)  # it got the same Ctrl-C, and says what it does about it
+        raise
     if code == 130:
         raise KeyboardInterrupt
     if code:
