@@ -4,31 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cluster import console
-from cluster.errors import ClusterError
 from cluster.options import AsJson, DryRun
+from train_jobs.verbs import Sets, complete_run, find_cluster, rehearse
 
 if TYPE_CHECKING:
     from cluster.session import Cluster
     from train_jobs.config import FinetuneConfig
     from train_jobs.runs import RunDir
-    from train_jobs.task import Task
-
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace one field, as optim.lr=1e-4."),
-]
-
-
-def complete_run(incomplete: str) -> list[str]:
-    """Return the ids of runs for the tab key, the newest first."""
-    from train_jobs.runs import every
-
-    return [run.id for run in every() if run.id.startswith(incomplete)]
 
 
 def register(app: typer.Typer) -> None:
@@ -125,16 +112,6 @@ def _resume(name: str, local: int | None, dry_run: bool) -> None:
         _in_processes(run, config, resume=True)
 
 
-def rehearse(task: Task, cluster: Cluster | None, config: Path, overrides: Sequence[str]) -> None:
-    """Print what a run would be, and how to start it by hand."""
-    from train_jobs.plan import describe, rehearsal, submit_line
-
-    nodes = _nodes(cluster) if cluster else None
-    told = rehearsal(task, nodes, submit_line(cluster, config.absolute(), overrides))
-    console.out(describe(told))
-    console.result(told)
-
-
 def _on_cluster(cluster: Cluster, run: RunDir, entrypoint: str, line: str) -> None:
     """Submit the next attempt of a run and follow it; ``line`` does the same by hand."""
     from cluster.session import runtime_env, upload_code
@@ -161,24 +138,6 @@ def _in_processes(run: RunDir, config: FinetuneConfig, resume: bool) -> None:
     console.result({"path": run.path, **(run.read_result() or {})})
 
 
-def find_cluster(required: bool) -> Cluster | None:
-    """Return the running cluster; ClusterError, or None where it is not required."""
-    from cluster.session import current
-
-    try:
-        return current()
-    except ClusterError:
-        if required:
-            raise
-        return None
-
-
-def _nodes(cluster: Cluster) -> list[Any]:
-    from cluster.status import room
-
-    return room(cluster)
-
-
 def _require_idle(cluster: Cluster, run: RunDir) -> None:
     """Refuse to go on with a run whose last job waits for its start, or has not ended yet."""
     from train_jobs import attempts
@@ -193,7 +152,8 @@ def _require_idle(cluster: Cluster, run: RunDir) -> None:
 def _require_room(cluster: Cluster, config: FinetuneConfig) -> None:
     """Refuse what cannot fit even on idle machines; what is busy now may be free in a moment."""
     from cluster.resources import plan
+    from cluster.status import room
     from train_jobs.plan import demand
 
-    idle = [node.idle() for node in _nodes(cluster)]
+    idle = [node.idle() for node in room(cluster)]
     plan([demand(config)], idle).require()

@@ -10,7 +10,7 @@ import typer
 
 from cluster import console
 from cluster.options import AsJson
-from train_jobs.cli import Sets
+from train_jobs.verbs import Sets
 
 if TYPE_CHECKING:
     from train_jobs.data.preview import Piece

@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
     config = resolve(args.config, [*args.overrides, *local])
     task = Task.load(config)
     if args.dry_run:
-        from train_jobs.cli import find_cluster, rehearse
+        from train_jobs.verbs import find_cluster, rehearse
 
         rehearse(task, find_cluster(required=False), args.config, args.overrides)
         return 0

@@ -10,7 +10,7 @@ import typer
 from cluster import console
 from cluster.errors import ClusterError, ConfigError
 from cluster.options import AsJson, DryRun
-from train_jobs.cli import complete_run, find_cluster
+from train_jobs.verbs import complete_run, find_cluster
 
 if TYPE_CHECKING:
     from cluster.session import Cluster

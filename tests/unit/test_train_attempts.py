@@ -17,9 +17,9 @@ import pytest
 from cluster.errors import ClusterError, ConfigError, JobError
 from tests.unit.test_train_checkpoint import written
 from train_jobs import attempts, finetune, jobs, jobs_cli, resume
-from train_jobs.cli import complete_run
 from train_jobs.config import FinetuneConfig
 from train_jobs.runs import RunDir, every
+from train_jobs.verbs import complete_run
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS: dict[str, Any] = {
