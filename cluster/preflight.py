@@ -17,7 +17,7 @@ GIB = 1 << 30
 VENV_GIB = 3.0
 LIBRARY_GIB = 0.6
 RUNS_GIB = 2.4
-MEMORY_GIB = 8.0
+MEMORY_GIB = 12.0
 MINUTES_FAST = (4, 8)
 MINUTES_SLOW = (8, 16)
 PYTHONS = ((3, 11), (3, 12))
@@ -59,7 +59,7 @@ def problem(facts: Facts) -> str | None:
             f"Python 3.11 or 3.12 is needed, {facts.executable} is {version}; "
             "install one and run `make PYTHON=python3.11 ...`"
         )
-    # Machines sold as 8 GiB report a little less.
+    # Machines sold with so much report a little less.
     if facts.memory_bytes < (MEMORY_GIB - 0.5) * GIB:
         return (
             f"{MEMORY_GIB:.0f} GiB of memory are needed (training holds most of it), this "

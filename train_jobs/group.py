@@ -71,8 +71,8 @@ def prepare(place: Place, run: Run) -> None:
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed instead of giving it back to the kernel.
 
-    Each step allocates and frees the same gigabytes. Given back, every page comes zeroed anew: a
-    third of a step's CPU time on two cores. Elsewhere than on glibc this does nothing.
+    Each step allocates and frees the same gigabytes. Given back, every page comes zeroed anew,
+    which is a good part of a step's CPU time. Elsewhere than on glibc this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

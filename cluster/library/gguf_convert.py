@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     import gguf
 
     # transformers opens the file for the config, for the weights and for the tokenizer, and
-    # builds the table of tensor names anew for every module: half of the time. Neither object
+    # builds the table of tensor names anew for every module, which takes long. Neither object
     # is changed by being read
     gguf.GGUFReader = functools.lru_cache(maxsize=1)(gguf.GGUFReader)
     gguf.get_tensor_name_map = functools.lru_cache(maxsize=1)(gguf.get_tensor_name_map)

@@ -28,7 +28,7 @@ NAME = "roundhouse"
 BATCH_WASTE = 1.5
 """A batched product may read this many times what its requests need."""
 BATCH_LENGTH = 512
-"""Beyond this a request is work enough for a call of its own (measured on two cores)."""
+"""Beyond this a request is work enough for a call of its own."""
 UNSUPPORTED = ("softcap", "s_aux")
 _current = threading.local()
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from serve_apps.engine.plan import StepPlan
 from serve_apps.engine.rank import Rank
+
+if TYPE_CHECKING:
+    from serve_apps.engine.kv_cache import KVCache
 
 
 class Follower(Rank):
@@ -20,3 +25,6 @@ class Follower(Rank):
                 self._drop(message["version"])
             elif message["t"] == "stop":
                 return
+
+    def _cache_made(self, cache: KVCache) -> None:
+        """Its slots are rank 0's to hand out."""

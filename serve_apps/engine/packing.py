@@ -1,7 +1,7 @@
 """Linear layers in the layout that oneDNN computes fastest; private to this process.
 
-Measured on two AVX2 cores, float32, SmolLM2-135M: the output head falls from 22 to 8 ms at 8 rows
-and from 35 to 13 ms at 16, the other layers by a third at 8 rows and little at 1 and at 128.
+It pays most for the output head and for the few rows of a decoding step; `benchmarks/serve.py`
+measures the engine with it.
 The packed copy replaces the weight; only a head tied to the embedding keeps both.
 """
 

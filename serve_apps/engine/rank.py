@@ -15,6 +15,7 @@ import select
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import EngineError, RoundhouseError
@@ -35,7 +36,7 @@ LEAVE_S = 5.0
 log = logging.getLogger(__name__)
 
 
-class Rank:
+class Rank(ABC):
     """What the two kinds of rank share; ``run`` returns when the engine is told to stop."""
 
     def __init__(self, spec: RankSpec, sock: socket.socket) -> None:
@@ -71,8 +72,8 @@ class Rank:
         """Start the loader with one CPU thread, and give this thread all the others.
 
         OpenMP keeps a team of threads for each thread that computes. With more of them in all
-        than there are cores, GNU's waits in the kernel at every layer instead of spinning: a step
-        of one request takes twice as long, even while the loader sleeps.
+        than there are cores, GNU's waits in the kernel at every layer instead of spinning, and
+        every step is slower for it, even while the loader sleeps.
         """
         import torch
 
@@ -85,7 +86,7 @@ class Rank:
             self._load_jobs()
 
         threading.Thread(target=load, name="loader", daemon=True).start()
-        ready.wait()
+        ready.wait()  # nothing that can block stands before it is set
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(self._spec.threads or max(1, cores // self._spec.num_ranks))
 
@@ -100,8 +101,9 @@ class Rank:
         torch.cuda.set_device(self._spec.local_device)
         return torch.device("cuda", self._spec.local_device)
 
+    @abstractmethod
     def _loop(self) -> None:
-        raise NotImplementedError
+        """Compute steps on the calling thread until the engine is told to stop."""
 
     def _handle(self, message: dict[str, Any]) -> None:
         """Take a message of the front; called by the reader's thread."""
@@ -202,6 +204,7 @@ class Rank:
             "weight_bytes": model.weight_bytes,
         }
 
+    @abstractmethod
     def _cache_made(self, cache: KVCache) -> None:
         """Take note of a new cache, under the lock."""
 

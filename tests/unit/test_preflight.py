@@ -19,7 +19,7 @@ GOOD = Facts((3, 11), "python3", 16 * GIB, 50 * GIB, "/src", False, 2, False)
 def test_a_good_machine_hears_what_it_will_take() -> None:
     assert preflight.problem(GOOD) is None
     text = "\n".join(preflight.announcement(GOOD))
-    for part in ("6.0 GiB of 50.0 free", "3.0 GiB for .venv", "8 GiB of 16.0", "2 cores", "fp32"):
+    for part in ("6.0 GiB of 50.0 free", "3.0 GiB for .venv", "12 GiB of 16.0", "2 cores", "fp32"):
         assert part in text
     fast = "\n".join(preflight.announcement(GOOD._replace(fast_bf16=True, installed=True)))
     assert "fast bf16  yes" in fast
@@ -32,7 +32,7 @@ def test_a_good_machine_hears_what_it_will_take() -> None:
     [
         ({"python": (3, 8)}, "Python 3.11 or 3.12 is needed, python3 is 3.8"),
         ({"python": (3, 13)}, "is 3.13"),
-        ({"memory_bytes": 4 * GIB}, "8 GiB of memory are needed"),
+        ({"memory_bytes": 4 * GIB}, "12 GiB of memory are needed"),
         ({"disk_free_bytes": 2 * GIB}, "6.0 GiB of disk are needed, /src has 2.0 free"),
         ({"disk_free_bytes": 2 * GIB, "installed": True}, "3.0 GiB of disk are needed"),
     ],
@@ -77,4 +77,4 @@ def test_main_exits_one_with_one_line(
     assert preflight.main() == 1
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err.startswith("error: 8 GiB of memory")
+    assert told.err.startswith("error: 12 GiB of memory")

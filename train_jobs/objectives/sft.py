@@ -72,8 +72,8 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 def nll_sum(model: Any, batch: Batch) -> torch.Tensor:
     """Return the summed negative log-likelihood of the batch's targets, a float32 scalar.
 
-    The head runs at the K predicting places only: with the vocabulary of a small model that
-    head is a third of the work and nearly all of the memory. ``model`` is a transformers causal
+    The head runs at the K predicting places only: in a small model with a large vocabulary it is
+    much of the work and most of the memory. ``model`` is a transformers causal
     LM, or an engine around one, that uses packed attention.
     """
     logits_1KV = model(
