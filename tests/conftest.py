@@ -12,6 +12,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from cluster import console
@@ -20,6 +21,10 @@ from cluster import console
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# hypothesis would fail an example that took 200 ms: a busy machine is no error, a hang has its bound
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 

@@ -42,7 +42,7 @@ def check_step(scheduler: Scheduler, step: Step) -> None:
     assert all(w.samples for w in step.prefill[:-1]), "only the last chunk may be cut"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     slots=st.integers(1, 5),
     budget=st.integers(1, 12),

@@ -99,7 +99,7 @@ class Script:
 TEXT = ChatText.load(one_version().resolve("tiny").path)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     said=st.text(alphabet="ab→🙂", min_size=1, max_size=12),
     stops=st.lists(st.text(alphabet="ab→🙂", min_size=1, max_size=3), max_size=4),
