@@ -22,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# hypothesis would fail an example that took 200 ms: a busy machine is no error, a hang has its bound
+# hypothesis fails an example that takes 200 ms: a busy machine is no error, and hangs are bounded
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
 
