@@ -13,6 +13,15 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like; compiled and checked by the front, enforced by rank 0."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+    """The schema as JSON, the regular expression, or the grammar in llguidance's Lark dialect."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How one request picks its tokens. ``temperature`` 0 is greedy."""
 
@@ -22,6 +31,25 @@ class Sampling:
     """0 keeps all."""
     seed: int | None = None
     """Keys a counter-based generator by (seed, position): the batch around it has no say."""
+    min_p: float = 0.0
+    """Drops tokens less likely than this share of the most likely one."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time it stands in the answer so far."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of each token that stands in the answer so far."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt and answer
+    (Keskar et al., 2019, as transformers computes it)."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit) pairs."""
+    min_tokens: int = 0
+    """Until so many tokens are there, no stop id is picked."""
+    logprobs: int | None = None
+    """Report the log-probability of each picked token and of so many most likely ones, from the
+    raw logits: before penalties, bias, temperature and grammar."""
+    prompt_logprobs: int | None = None
+    """The same of each prompt token after the first."""
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +60,53 @@ class EngineRequest:
     prompt_ids: tuple[int, ...]
     """At least one token; prompt and ``max_tokens`` together fit ``EngineInfo.max_model_len``."""
     max_tokens: int
+    """0 only together with ``sampling.prompt_logprobs``: score the prompt and end."""
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: tuple[int, ...] = ()
     """Token ids that end the answer; the id that ended it is not part of the answer."""
+    priority: int = 0
+    """Lower starts earlier; equal ones in order of arrival."""
+    deadline_s: float | None = None
+    """Seconds from admission: a request that has not started by then never does."""
+    salt: str = ""
+    """Requests share cached prefixes only with those of the same salt: one per tenant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural logarithms of probabilities at one position."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens, best first, as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptInfo:
+    """What became of a prompt; comes with the first chunk."""
+
+    cached_tokens: int
+    """Of the prompt, those whose keys and values were there already."""
+    queued_s: float
+    """From admission to the first step."""
+    logprobs: tuple[Logprob, ...] = ()
+    """One for each prompt token after the first, if ``prompt_logprobs`` asked for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens of one step of one request; valid after its request has ended."""
+    """Tokens of one or more steps of one request; valid after its request has ended."""
 
     request_id: str
     token_ids: tuple[int, ...]
     finish: FinishReason | None = None
     error: str | None = None
     """Says why, when ``finish`` is ``error``; safe to show to a client."""
+    logprobs: tuple[Logprob, ...] = ()
+    """One for each of ``token_ids``, if ``logprobs`` asked for them."""
+    prompt: PromptInfo | None = None
+    """On the first chunk only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +137,12 @@ class EngineStats:
     aborted: int
     versions: tuple[str, ...]
     active: str | None
+    cached_prompt_tokens: int = 0
+    """Of ``prompt_tokens``, those that the prefix cache held."""
+    preemptions: int = 0
+    """Requests put back because the cache was full, to be computed again later."""
+    expired: int = 0
+    """Requests whose deadline passed before they started."""
 
 
 class Stream(Protocol):
