@@ -9,16 +9,91 @@ only by that rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from serve_apps.engine.interface import Sampling
+from serve_apps.engine.interface import Logprob, Sampling
+
+if TYPE_CHECKING:
+    from serve_apps.engine.grammar import Matcher
 
 GREEDY_BELOW = 1e-5
 """Colder than this is greedy: dividing by it would overflow to infinities."""
 NUCLEUS_GUESSES = (256, 4096)
 """Top-p looks among this many first; sorting a whole vocabulary costs milliseconds a row."""
 _MASK64 = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """What one step chose for one request."""
+
+    token: int
+    logprob: Logprob | None = None
+    finished: bool = False
+    """The grammar is complete: the answer ends with "stop" after this token, which is part of it
+    unless it is a stop id."""
+    error: str | None = None
+    """The grammar cannot go on: the request ends with "error", the token is void."""
+
+
+class Picker:
+    """The rules of all requests in flight, and what each needs to remember from step to step.
+
+    ``add`` and ``forget`` may come from any thread, ``pick`` from the step loop's alone; a row
+    whose request was forgotten meanwhile gets some token and no error.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size, self._device = vocab_size, device
+        self._rules: dict[str, tuple[Sampling, int]] = {}
+
+    def add(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        seed: int,
+        stop_ids: frozenset[int] = frozenset(),
+        matcher: Matcher | None = None,
+    ) -> None:
+        """Remember a request until ``forget``; it survives preemption without further calls."""
+        self._rules[request_id] = (sampling, seed)
+
+    def forget(self, request_id: str) -> None:
+        """Drop a request's state. Idempotent."""
+        self._rules.pop(request_id, None)
+
+    def pick(
+        self, logits_BV: torch.Tensor, rows: Sequence[tuple[str, int, Sequence[int]]]
+    ) -> list[Picked]:
+        """Choose a token for each row (request id, tokens answered so far, prompt and answer).
+
+        ``logits_BV`` may be overwritten.
+        """
+        none = (Sampling(temperature=0.0), 0)
+        known = [self._rules.get(name, none) for name, _, _ in rows]
+        tokens = sample(
+            logits_BV, [k[0] for k in known], [k[1] for k in known], [r[1] for r in rows]
+        )
+        return [Picked(token) for token in tokens]
+
+
+def prompt_logprobs(logits_TV: torch.Tensor, target_ids: Sequence[int], k: int) -> list[Logprob]:
+    """Score ``target_ids[i]`` under row i, with the ``k`` most likely tokens of each row."""
+    logs = torch.log_softmax(logits_TV.float(), dim=-1)
+    best = logs.topk(k, dim=-1) if k else None
+    out = []
+    for i, token in enumerate(target_ids):
+        top = (
+            ()
+            if best is None
+            else tuple(zip(best.indices[i].tolist(), best.values[i].tolist(), strict=True))
+        )
+        out.append(Logprob(token, float(logs[i, token]), top))
+    return out
 
 
 def uniform(seed: int, position: int) -> float:
