@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from serve_apps.engine.interface import (
     EngineRequest,
     EngineStats,
     FinishReason,
+    Logprob,
+    PromptInfo,
 )
 from serve_apps.engine.stream import Answer, TokenStream, check_request, check_room
 
@@ -28,12 +31,20 @@ def fake_token(prompt_ids: Sequence[int], version: str, position: int) -> int:
     return FIRST_ID + zlib.crc32(key) % (VOCAB_SIZE - FIRST_ID)
 
 
+def fake_logprob(token_id: int, top: int) -> Logprob:
+    """Return made-up log-probabilities: the token itself first, then its followers."""
+    likely = (((token_id + k) % VOCAB_SIZE, -0.25 * (k + 1)) for k in range(top))
+    return Logprob(token_id, -0.25, tuple(likely))
+
+
 @dataclass(slots=True)
 class _Held:
     answer: Answer
     request: EngineRequest
     task: asyncio.Task[None] | None = None
     running: bool = False
+    admitted: float = 0.0
+    prompt: PromptInfo | None = None
 
 
 class FakeEngine(Engine):
@@ -49,6 +60,7 @@ class FakeEngine(Engine):
         self._versions: dict[str, str] = {}
         self._active: str | None = None
         self._held: dict[str, _Held] = {}
+        self._last_prompt: dict[tuple[str, str], tuple[int, ...]] = {}
         self._started, self._lost = False, False
         self._prompt_tokens = self._generated = self._finished = self._aborted = 0
 
@@ -110,7 +122,7 @@ class FakeEngine(Engine):
             raise RequestError(f"request id {request.request_id} is in use", 409, "conflict")
         check_request(request, self.info)
         check_room(len(self._held), self.info)
-        held = _Held(Answer(request, version), request)
+        held = _Held(Answer(request, version), request, admitted=time.monotonic())
         self._held[request.request_id] = held
         self._admit()
         return TokenStream(held.answer, self._closed)
@@ -168,11 +180,27 @@ class FakeEngine(Engine):
         free = self._config.max_concurrent - sum(h.running for h in self._held.values())
         for held in [h for h in self._held.values() if not h.running][:free]:
             held.running = True
+            held.prompt = self._prompt_info(held)
             self._prompt_tokens += len(held.request.prompt_ids)
             held.task = asyncio.create_task(self._run(held))
 
+    def _prompt_info(self, held: _Held) -> PromptInfo:
+        """Count as cached what the prompt shares with the last one of its version and salt."""
+        request, waited = held.request, time.monotonic() - held.admitted
+        ids, key = request.prompt_ids, (held.answer.version, request.salt)
+        before, cached = self._last_prompt.get(key, ()), 0
+        while cached < min(len(ids) - 1, len(before)) and ids[cached] == before[cached]:
+            cached += 1
+        self._last_prompt[key] = ids
+        top = request.sampling.prompt_logprobs
+        scored = () if top is None else tuple(fake_logprob(one, top) for one in ids[1:])
+        return PromptInfo(cached, waited, scored)
+
     async def _run(self, held: _Held) -> None:
         request, config = held.request, self._config
+        if request.max_tokens == 0:
+            await asyncio.sleep(config.token_delay_s)
+            return self._end(held, "length")
         for k in range(1, request.max_tokens + 1):
             await asyncio.sleep(config.token_delay_s)
             if k == config.hang_at_token:
@@ -185,12 +213,26 @@ class FakeEngine(Engine):
                 else fake_token(request.prompt_ids, held.answer.version, k - 1)
             )
             self._generated += 1
+            if token in request.stop_ids and k <= request.sampling.min_tokens:
+                token = FIRST_ID
             if token in request.stop_ids:
                 return self._end(held, "stop")
             if k == request.max_tokens:
                 return self._end(held, "length", (token,))
-            held.answer.push((token,))
+            self._push(held, (token,))
         return None
+
+    def _push(
+        self,
+        held: _Held,
+        ids: tuple[int, ...],
+        finish: FinishReason | None = None,
+        error: str | None = None,
+    ) -> None:
+        top = held.request.sampling.logprobs
+        scored = () if top is None else tuple(fake_logprob(one, top) for one in ids)
+        held.answer.push(ids, finish, error, scored, held.prompt)
+        held.prompt = None
 
     def _closed(self, request_id: str) -> None:
         if held := self._held.get(request_id):
@@ -206,7 +248,7 @@ class FakeEngine(Engine):
         self._forget(held)
         self._aborted += finish == "abort"
         self._finished += finish in ("stop", "length")
-        held.answer.push(ids, finish, error)
+        self._push(held, ids, finish, error)
         if self._started and not self._lost:
             self._admit()
 

@@ -7,7 +7,14 @@ from collections.abc import Callable
 from typing import Self
 
 from cluster.errors import RequestError
-from serve_apps.engine.interface import Chunk, EngineInfo, EngineRequest, FinishReason
+from serve_apps.engine.interface import (
+    Chunk,
+    EngineInfo,
+    EngineRequest,
+    FinishReason,
+    Logprob,
+    PromptInfo,
+)
 
 
 def check_request(request: EngineRequest, info: EngineInfo) -> None:
@@ -15,8 +22,9 @@ def check_request(request: EngineRequest, info: EngineInfo) -> None:
     prompt, wanted = len(request.prompt_ids), request.max_tokens
     if prompt == 0:
         raise RequestError("the prompt is empty; send at least one token", param="prompt")
-    if wanted < 1:
-        raise RequestError(f"max_tokens={wanted} must be at least 1", param="max_tokens")
+    least = 1 if request.sampling.prompt_logprobs is None else 0
+    if wanted < least:
+        raise RequestError(f"max_tokens={wanted} must be at least {least}", param="max_tokens")
     if prompt + wanted > info.max_model_len:
         raise RequestError(
             f"the prompt has {prompt} tokens and max_tokens asks for {wanted} more, "
@@ -61,6 +69,8 @@ class Answer:
         self.request_id, self.version = request.request_id, version
         self.ready = asyncio.Event()
         self.ids: list[int] = []  # at most max_tokens: the request ends there
+        self.logprobs: list[Logprob] = []
+        self.prompt: PromptInfo | None = None
         self.finish: FinishReason | None = None
         self.error: str | None = None
         self.exception: Exception | None = None
@@ -70,9 +80,13 @@ class Answer:
         ids: tuple[int, ...],
         finish: FinishReason | None = None,
         error: str | None = None,
+        logprobs: tuple[Logprob, ...] = (),
+        prompt: PromptInfo | None = None,
     ) -> None:
         """Append one step's tokens, and how the answer ends if it does."""
         self.ids.extend(ids)
+        self.logprobs.extend(logprobs)
+        self.prompt = prompt or self.prompt
         self.finish, self.error = finish, error
         self.ready.set()
 
@@ -107,8 +121,17 @@ class TokenStream:
             self._close()
             raise
         if answer.ids or answer.finish:
-            chunk = Chunk(answer.request_id, tuple(answer.ids), answer.finish, answer.error)
+            chunk = Chunk(
+                answer.request_id,
+                tuple(answer.ids),
+                answer.finish,
+                answer.error,
+                tuple(answer.logprobs),
+                answer.prompt,
+            )
             answer.ids.clear()
+            answer.logprobs.clear()
+            answer.prompt = None
             self._ended = answer.finish is not None
             if answer.exception is None:
                 answer.ready.clear()
