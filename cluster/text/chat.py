@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from cluster.text.special import SpecialTokens
 from cluster.text.stream import UNKNOWN, Detokenizer, TextStream
 from cluster.text.template import ChatTemplate
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+"""Turns with role and content, both text; an assistant's may hold ``tool_calls``."""
+Tools = Sequence[Mapping[str, Any]]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _NAMED = (
     "bos_token",
@@ -41,6 +44,7 @@ class ChatText:
         named_tokens: Mapping[str, str] | None = None,
         eos_ids: Sequence[int] = (),
         where: str = "chat template",
+        generation: Mapping[str, Any] | None = None,
     ) -> None:
         """Build from parts; ``named_tokens`` is what the template sees, as ``bos_token``."""
         named = dict(named_tokens or {})
@@ -51,13 +55,16 @@ class ChatText:
         tokenizer.add_special_tokens(sorted(set(known)))
         self._tokenizer = tokenizer
         raw = json.loads(tokenizer.to_str())
-        byte_level = '"ByteLevel"' in json.dumps(raw["decoder"])
+        decoder = raw["decoder"]
         self._special = SpecialTokens(tokenizer, raw, known)
         self._template = ChatTemplate(template, named, where) if template is not None else None
         self._where = where
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.eos_ids = tuple(dict.fromkeys(n for n in eos_ids if 0 <= n < self.vocab_size))
-        self._detokenizer = Detokenizer(tokenizer, byte_level, self._special.all_ids)
+        self.generation: Mapping[str, Any] = dict(generation or {})
+        """The model's ``generation_config.json``."""
+        self.template_source = template or ""
+        self._detokenizer = Detokenizer(tokenizer, decoder, self._special.all_ids)
 
     @classmethod
     def load(cls, directory: Path | str) -> ChatText:
@@ -85,12 +92,27 @@ class ChatText:
         if (end := tokenizer.token_to_id(named.get("eos_token", ""))) is not None:
             ends.append(end)
         template, where = _read_template(directory, config)
-        return cls(tokenizer, template, named, ends, where)
+        generation = _read_json(directory / "generation_config.json")
+        return cls(tokenizer, template, named, ends, where, generation)
 
     @property
     def has_template(self) -> bool:
         """Whether ``encode_chat`` and ``encode_training`` can work."""
         return self._template is not None
+
+    def tokenizer_json(self) -> str:
+        """Return the tokenizer as text, with what its config calls special marked so."""
+        return str(self._tokenizer.to_str())
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the chat template has a place for tools."""
+        return self._template is not None and self._template.knows_tools
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer as it is, special tokens and all: for what reads its vocabulary."""
+        return self._tokenizer
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Encode a raw prompt, with a BOS token if the tokenizer adds one."""
@@ -98,13 +120,31 @@ class ChatText:
         tokenizer = self._special.guarded if spelt else self._tokenizer
         return tuple(tokenizer.encode(text).ids)
 
-    def encode_chat(self, messages: Messages, generation_prompt: bool = True) -> tuple[int, ...]:
+    def encode_chat(
+        self,
+        messages: Messages,
+        generation_prompt: bool = True,
+        tools: Tools | None = None,
+        extra: Mapping[str, Any] | None = None,
+        continued: bool = False,
+    ) -> tuple[int, ...]:
         """Render and encode a conversation, ready for the assistant's turn.
 
-        Raises ConfigError for messages that are not ones and for what the template refuses.
+        ``extra`` are variables of the template's own. With ``continued`` the text stops where the
+        last message's content does. Raises ConfigError for messages that are not ones and for
+        what the template refuses.
         """
-        guard, messages = self._prepare(messages)
-        rendered, _ = self._render(messages, generation_prompt)
+        checked = [_check(n, message) for n, message in enumerate(messages)]
+        mark = str(secrets.randbits(128) | 1 << 128) if continued and checked else ""
+        if mark:
+            checked[-1] = {**checked[-1], "content": checked[-1]["content"] + mark}
+        given = {"tools": list(tools or ()), "extra": dict(extra or {})}
+        guard, checked, given = self._prepare(checked, given)
+        rendered, _ = self._render(checked, generation_prompt and not mark, **given)
+        if mark:
+            if mark not in rendered:
+                raise ConfigError(f"{self._where}: the chat template drops the last message")
+            rendered = rendered[: rendered.rindex(mark)]
         return tuple(self._encode_rendered(rendered, guard).ids)
 
     def encode_training(self, messages: Messages) -> tuple[list[int], list[bool]]:
@@ -114,7 +154,7 @@ class ChatText:
         after it. The ids equal ``encode_chat(messages, generation_prompt=False)``. Raises
         ConfigError when the template cannot say which part is the assistant's.
         """
-        guard, messages = self._prepare(messages)
+        guard, messages, _ = self._prepare([_check(n, m) for n, m in enumerate(messages)])
         rendered, marked = self._render(messages, False)
         spans = marked or assistant_spans(
             messages, rendered, lambda part, prompt: self._render(part, prompt)[0], self._where
@@ -139,32 +179,47 @@ class ChatText:
         stream = self.stream()
         return stream.feed(ids) + stream.flush()
 
-    def stream(self) -> TextStream:
-        """Start decoding one answer token by token."""
-        return TextStream(self._detokenizer)
+    def stream(self, shown: Iterable[str] = ()) -> TextStream:
+        """Start decoding one answer token by token; ``shown`` special tokens come out as text."""
+        ids = self._special.ids
+        return TextStream(self._detokenizer, {ids[text]: text for text in shown if text in ids})
 
-    def _prepare(self, messages: Messages) -> tuple[bool, list[dict[str, str]]]:
-        """Check the messages; quote them when one spells a special token."""
-        checked = [_check(n, message) for n, message in enumerate(messages)]
+    def piece(self, number: int) -> bytes:
+        """Return the bytes that one token stands for by itself, special ones included."""
+        return self._detokenizer.piece(number)
+
+    def _prepare(
+        self, checked: list[dict[str, Any]], given: dict[str, Any] | None = None
+    ) -> tuple[bool, list[dict[str, Any]], dict[str, Any]]:
+        """Quote what people wrote wherever it spells a special token; say whether it does."""
         if not checked:
             raise ConfigError("messages: empty; a conversation has at least one message")
-        texts = (text for message in checked for text in message.values())
-        guard = any(map(self._special.spelt_in, texts))
-        if not guard:
-            return False, checked
+        given = given or {}
+        if not any(map(self._special.spelt_in, _texts([checked, given]))):
+            return False, checked, given
         quote = self._special.quote
-        return True, [
-            {key: text if key == "role" else quote(text) for key, text in message.items()}
-            for message in checked
-        ]
+        return (
+            True,
+            [
+                {key: value if key == "role" else _map(value, quote) for key, value in m.items()}
+                for m in checked
+            ],
+            {key: _map(value, quote) for key, value in given.items()},
+        )
 
-    def _render(self, messages: Messages, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _render(
+        self,
+        messages: Messages,
+        prompt: bool,
+        tools: Tools | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> tuple[str, list[tuple[int, int]]]:
         if self._template is None:
             raise ConfigError(
                 f"{self._where}: this model has no chat template; put a chat_template.jinja beside "
                 "its tokenizer.json, or use plain completions"
             )
-        return self._template.render(messages, prompt)
+        return self._template.render(messages, prompt, tools, extra)
 
     def _encode_rendered(self, rendered: str, guard: bool) -> Any:
         if guard:
@@ -173,7 +228,7 @@ class ChatText:
         return self._tokenizer.encode(rendered, add_special_tokens=False)
 
 
-def _check(number: int, message: Mapping[str, str]) -> dict[str, str]:
+def _check(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
     where = f"messages[{number}]"
     if not isinstance(message, Mapping):
         raise ConfigError(f"{where}: {message!r:.40} is not a message with role and content")
@@ -182,10 +237,32 @@ def _check(number: int, message: Mapping[str, str]) -> dict[str, str]:
         raise ConfigError(f"{where}: role {role!r:.40} is not one of {', '.join(ROLES)}")
     if not isinstance(message.get("content"), str):
         raise ConfigError(f"{where}: content must be text, not {message.get('content')!r:.40}")
-    for key, text in message.items():
-        if not isinstance(key, str) or not isinstance(text, str):
-            raise ConfigError(f"{where}: {key!r:.40} must be text, not {text!r:.40}")
+    for key, value in message.items():
+        if key == "tool_calls" and isinstance(value, list):
+            continue
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ConfigError(f"{where}: {key!r:.40} must be text, not {value!r:.40}")
     return dict(message)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, below in value.items():
+            yield from _texts(key)
+            yield from _texts(below)
+    elif isinstance(value, Sequence):
+        for below in value:
+            yield from _texts(below)
+
+
+def _map(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_map(key, change): _map(below, change) for key, below in value.items()}
+    return [_map(below, change) for below in value] if isinstance(value, Sequence) else value
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from cluster.errors import ConfigError
 
 Span = tuple[int, int]
-Render = Callable[[Sequence[Mapping[str, str]], bool], str]
+Render = Callable[[Sequence[Mapping[str, Any]], bool], str]
 
 
 def assistant_spans(
-    messages: Sequence[Mapping[str, str]], rendered: str, render: Render, where: str
+    messages: Sequence[Mapping[str, Any]], rendered: str, render: Render, where: str
 ) -> list[Span]:
     """Find the assistant's turns by rendering the conversation turn by turn.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -25,19 +27,43 @@ BYTE_OF = _byte_alphabet()
 class Detokenizer:
     """What all streams of one tokenizer share."""
 
-    def __init__(self, tokenizer: Tokenizer, byte_level: bool, skip: frozenset[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, decoder: Mapping[str, Any] | None, skip: frozenset[int]
+    ) -> None:
+        """Take that part of ``tokenizer.json``, and the ids that have no text."""
         self._tokenizer = tokenizer
-        self._byte_level = byte_level
+        told = json.dumps(decoder)
+        self._byte_level = '"ByteLevel"' in told
+        self._spaced = '"Metaspace"' in told or "\\u2581" in told
+        self.bytewise = decoder is not None and decoder.get("type") == "ByteLevel"
+        """Whether a text is the bytes of its tokens one after the other, and nothing else."""
         self.skip = skip
+        self._pieces: dict[int, bytes] = {}
 
     def text(self, ids: Sequence[int]) -> str:
         """Decode ``ids`` at once, an incomplete last character as U+FFFD."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
+    def piece(self, number: int) -> bytes:
+        """Return the bytes that one token stands for by itself."""
+        found = self._pieces.get(number)
+        if found is None:
+            found = self._pieces[number] = self._piece(number)
+        return found
+
+    def _piece(self, number: int) -> bytes:
+        token = self._tokenizer.id_to_token(number) or ""
+        if self._byte_level:
+            known = [BYTE_OF.get(char) for char in token]
+            return token.encode() if None in known else bytes(b for b in known if b is not None)
+        if byte := _BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(byte[1])
+        return (token.replace("\u2581", " ") if self._spaced else token).encode()
+
     def incomplete(self, ids: Sequence[int]) -> bool:
         """Say whether the bytes of ``ids`` stop inside a character that could still be ended."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        decoder = _utf8()
         for number in ids:
             token = self._tokenizer.id_to_token(number) or ""
             if self._byte_level:
@@ -49,6 +75,10 @@ class Detokenizer:
         return bool(decoder.getstate()[0])
 
 
+def _utf8() -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+
 class TextStream:
     """The text of one answer. What ``feed`` and ``flush`` return, joined, is the whole text.
 
@@ -56,8 +86,11 @@ class TextStream:
     certain; bytes that wait for the rest of their character wait, and are dropped at the end.
     """
 
-    def __init__(self, detokenizer: Detokenizer) -> None:
+    def __init__(self, detokenizer: Detokenizer, shown: Mapping[int, str] | None = None) -> None:
+        """``shown`` are special tokens that come out as text all the same."""
         self._detokenizer = detokenizer
+        self._special = shown or {}
+        self._bytes = _utf8() if detokenizer.bytewise else None
         # the last tokens shown, for context (a leading space depends on it), then those that wait
         self._window: list[int] = []
         self._num_shown = 0
@@ -65,10 +98,23 @@ class TextStream:
 
     def feed(self, ids: Sequence[int]) -> str:
         """Add tokens; return the text that became certain, perhaps none."""
-        return "".join(self._feed(n) for n in ids if n not in self._detokenizer.skip)
+        out = ""
+        for number in ids:
+            if number in self._special:
+                out += self.flush() + self._special[number]
+            elif number in self._detokenizer.skip:
+                continue
+            elif self._bytes is not None:
+                out += self._bytes.decode(self._detokenizer.piece(number))
+            else:
+                out += self._feed(number)
+        return out
 
     def flush(self) -> str:
         """Return what is left at the end of the answer, without an unfinished character."""
+        if self._bytes is not None:
+            self._bytes.reset()
+            return ""
         text = self._detokenizer.text(self._window)[len(self._shown) :]
         waits = text.endswith(UNKNOWN) and self._detokenizer.incomplete(self._window)
         self._window, self._num_shown, self._shown = [], 0, ""

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -68,26 +69,34 @@ class ChatTemplate:
             at = f"{where}:{line}" if line else where
             raise ConfigError(f"{at}: not a chat template: {error}") from None
 
+        self.knows_tools = "tools" in find_undeclared_variables(environment.parse(source))
+        """Whether the template has a place for tools."""
+
     def render(
-        self, messages: Sequence[Mapping[str, str]], generation_prompt: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
         """Return the text, and the (start, end) of each ``{% generation %}`` block in it.
 
-        Raises ConfigError with the template's own words when it refuses the conversation.
+        ``extra`` are variables of the template's own, as ``enable_thinking``. Raises ConfigError
+        with the template's own words when it refuses the conversation.
         """
-        limit = SPARE_CHARS + 8 * sum(
-            len(text) for message in messages for text in message.values()
-        )
+        limit = SPARE_CHARS + 8 * (_chars(messages) + _chars(tools))
         token = _deadline.set(time.monotonic() + MAX_SECONDS)
         blocks, size = [], 0
         try:
-            for block in self._template.generate(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=generation_prompt,
+            variables: dict[str, Any] = {
+                **(extra or {}),
                 **self._variables,
-            ):
+                "messages": [dict(message) for message in messages],
+                "tools": [dict(tool) for tool in tools] if tools else None,
+                "documents": None,
+                "add_generation_prompt": generation_prompt,
+            }
+            for block in self._template.generate(variables):
                 blocks.append(block)
                 size += len(block)
                 _tick()
@@ -163,6 +172,14 @@ class _Generation(Extension):
 
     def _bracket(self, marks: tuple[str, str], caller: Callable[[], str]) -> str:
         return f"{marks[0]}{caller()}{marks[1]}"
+
+
+def _chars(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(_chars(key) + _chars(below) for key, below in value.items())
+    return sum(map(_chars, value)) if isinstance(value, Sequence) else 8
 
 
 def _tick() -> None:
