@@ -2,39 +2,130 @@
 
 The replica's front calls `compile_check` before it admits a request, so that a client hears at
 once what is wrong. Rank 0 keeps one `Grammars` per version and calls ``matcher`` on the thread
-that reads admissions, never in the step loop: compiling takes milliseconds. It hands the
-`Matcher` to `sampler.Picker.add`; from then on the picker's thread alone touches it.
+that reads admissions, never in the step loop: compiling takes milliseconds, a version's first
+time longer. It hands the `Matcher` to `sampler.Picker.add`; from then on the picker's thread
+alone touches it.
+
+A grammar is a program that a stranger wrote. Its text and nesting are bounded here, the work of
+compiling it and of every step by llguidance's own counters.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from cluster.errors import ConfigError, EngineError, RequestError
 from serve_apps.engine.interface import Grammar
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+MAX_BYTES = {"json_schema": 64 * 1024, "regex": 8 * 1024, "lark": 32 * 1024}
+"""Of the text; generous beside what people write, small beside what llguidance survives."""
+MAX_NESTING = 48
+"""Levels of a schema; llguidance recurses over them. Of regexes it bounds them itself."""
+COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties")
+MAX_COUNTED = 100_000
+"""Of all counts of a schema together: a compiler that unrolls them takes 1 s for a million."""
+WHITESPACE = r"[ \n\t]{1,20}"
+"""Between JSON's tokens, at most once: a weak model must not indent for ever."""
+JSON_OPTIONS = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
+LIMITS = {
+    "max_items_in_row": 1_000,
+    "initial_lexer_fuel": 500_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 25_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 50_000,
+    "verbose_errors": False,
+}
+"""Tens of milliseconds to compile, at most some for a step; far above what real schemas need."""
 
-def compile_check(grammar: Grammar, tokenizer: Any | None = None) -> None:
-    """Raise RequestError (400, ``invalid_grammar``) for a grammar that cannot be enforced."""
+
+def compile_check(
+    grammar: Grammar, tokenizer: Any | None = None, param: str = "response_format"
+) -> None:
+    """Raise RequestError (400, ``invalid_grammar``) for a grammar that cannot be enforced.
+
+    ``param`` is the request's field that it came from. ``tokenizer`` is an ``LLTokenizer``;
+    without one a grammar that names special tokens is refused. Milliseconds as a rule, below a
+    second for what is made to be slow; any thread.
+    """
+    from llguidance import LLMatcher
+
+    try:
+        source = _source(grammar)
+    except ValueError as error:
+        raise _refused(param, str(error)) from None
+    matcher = LLMatcher(tokenizer or _bytes_table(), source, log_level=0, limits=_limits())
+    if not matcher.is_error():
+        # the first step too: a grammar may compile that no text at all satisfies
+        matcher.compute_bitmask()
+    if matcher.is_error():
+        why = matcher.get_error()
+        nothing = "no text satisfies it" if "NoExtension" in why else why
+        raise _refused(param, nothing)
 
 
 class Matcher:
     """Where one answer stands in its grammar. Not safe for two threads at once."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        import numpy as np
 
-    def fill(self, words: NDArray[np.int32], stop_ids: Sequence[int] = ()) -> bool:
-        """Write one bit per token that may come next; False when there is none."""
-        raise NotImplementedError
+        self._matcher, self._eos_ids = matcher, eos_ids
+        self._words = np.zeros((vocab_size + 31) // 32, dtype=np.int32)
+        self._taken = 0
+
+    def fill(
+        self,
+        words: NDArray[np.int32],
+        ids: Sequence[int],
+        answered: int,
+        stop_ids: Sequence[int] = (),
+    ) -> str | None:
+        """Set one bit of ``words`` per token that may come next, after ``answered`` of ``ids``.
+
+        ``stop_ids`` are allowed where the answer may end, and only there. Returns why nothing
+        may come next when so; the request cannot go on then.
+        """
+        if self._taken != answered and (why := self._resume(list(ids[len(ids) - answered :]))):
+            return why
+        mine = self._words
+        mine[:] = 0
+        if not self._matcher.is_stopped():
+            self._matcher.unsafe_compute_mask_ptr(mine.ctypes.data, mine.nbytes)
+        if self._matcher.is_error():
+            return f"the grammar became too complex here: {_short(self._matcher.get_error())}"
+        count = min(len(words), len(mine))
+        words[:count] = mine[:count]
+        words[count:] = 0
+        ends = self._matcher.is_accepting()
+        for token in (*self._eos_ids, *stop_ids):
+            _set(words, token, ends and token in stop_ids)
+        if words.any():
+            return None
+        return "the grammar allows no token of this model's vocabulary here"
 
     def accept(self, token: int) -> bool:
-        """Take a token of the answer; True when the answer is complete."""
-        raise NotImplementedError
+        """Take a token of the answer; True when nothing may follow it."""
+        self._taken += 1
+        self._matcher.consume_token(token)
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+    def _resume(self, answer: list[int]) -> str | None:
+        """Stand where ``answer`` ends, whatever was taken before."""
+        self._matcher.reset()
+        self._taken = len(answer)
+        if self._matcher.consume_tokens(answer):
+            return None
+        return f"the answer left its grammar: {_short(self._matcher.get_error())}"
 
 
 class Grammars:
@@ -42,7 +133,143 @@ class Grammars:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
+        self._lock = threading.Lock()
+        self._tokenizer: Any | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The version's ``LLTokenizer``. The first call builds it: up to a second."""
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = _token_table(Path(self._directory))
+            return self._tokenizer
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """Compile ``grammar`` for this version. Any thread. EngineError ends that request only."""
-        raise NotImplementedError
+        from llguidance import LLMatcher
+
+        try:
+            table = self.tokenizer
+            matcher = LLMatcher(table, _source(grammar), log_level=0, limits=_limits())
+        except (ConfigError, ValueError) as error:
+            raise EngineError(str(error)) from None
+        if matcher.is_error():
+            raise EngineError(f"the grammar cannot be used: {_short(matcher.get_error())}")
+        return Matcher(matcher, table.vocab_size, tuple(table.eos_tokens))
+
+
+def _token_table(directory: Path) -> Any:
+    from llguidance import LLTokenizer
+
+    from cluster.text.chat import ChatText
+
+    text = ChatText.load(directory)
+    eos = list(text.eos_ids)
+    try:
+        return LLTokenizer(text.tokenizer_json(), eos_token=eos or None)
+    except ValueError as error:
+        raise ConfigError(f"{directory}: its tokenizer cannot enforce grammars: {error}") from None
+
+
+@functools.cache
+def _bytes_table() -> Any:
+    """Return a vocabulary of single bytes and an end: enough to try any grammar."""
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    return LLTokenizer(TokenizerWrapper(_Bytes()))
+
+
+class _Bytes:
+    """What llguidance asks of a tokenizer in Python."""
+
+    eos_token_id = 256
+    bos_token_id = None
+    tokens: ClassVar[list[bytes]] = [*(bytes([n]) for n in range(256)), b"<end>"]
+    special_token_ids: ClassVar[list[int]] = [256]
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return list(text if isinstance(text, bytes) else text.encode())
+
+
+def _source(grammar: Grammar) -> str:
+    """Return what llguidance compiles; ValueError for what is beyond our own bounds."""
+    from llguidance import LLMatcher
+
+    size, most = len(grammar.text.encode("utf-8", "surrogatepass")), MAX_BYTES[grammar.kind]
+    if size > most:
+        raise ValueError(f"{size} bytes of {grammar.kind} are more than {most}")
+    if grammar.kind == "regex":
+        return str(LLMatcher.grammar_from_regex(grammar.text))
+    if grammar.kind == "lark":
+        if "%json" in grammar.text:
+            raise ValueError("%json has no place in a grammar; send the schema as response_format")
+        return str(LLMatcher.grammar_from_lark(grammar.text))
+    schema = _schema(grammar.text)
+    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS))
+
+
+def _schema(text: str) -> dict[str, Any]:
+    try:
+        schema = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"it nests deeper than {MAX_NESTING} levels") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise ValueError("a schema is a JSON object")
+    if _depth(schema) > MAX_NESTING:
+        raise ValueError(f"it nests deeper than {MAX_NESTING} levels")
+    if (count := _counted(schema)) > MAX_COUNTED:
+        raise ValueError(
+            f"its {', '.join(COUNTS)} sum to {count:g}; the compiler takes {MAX_COUNTED}"
+        )
+    # would loosen what is enforced; the options are ours
+    schema.pop("x-guidance", None)
+    return schema
+
+
+def _counted(value: Any) -> float:
+    """Sum what makes the compiler repeat itself."""
+    if isinstance(value, list):
+        return sum(map(_counted, value))
+    if not isinstance(value, dict):
+        return 0
+    here = sum(n for key in COUNTS if isinstance(n := value.get(key), int | float))
+    return here + sum(map(_counted, value.values()))
+
+
+def _depth(schema: Any) -> int:
+    """Return how many levels of objects and lists ``schema`` has."""
+    level, depth = [schema], 0
+    while level:
+        depth += 1
+        inner = [
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
+        ]
+        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+    return depth
+
+
+def _limits() -> Any:
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(**LIMITS)
+
+
+def _refused(param: str, why: str) -> RequestError:
+    return RequestError(f"{param}: {_short(why)}", 400, "invalid_grammar", param)
+
+
+def _short(why: str) -> str:
+    line = " ".join(why.split())
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+def _set(words: NDArray[np.int32], token: int, allowed: bool) -> None:
+    word, bit = divmod(token, 32)
+    if word < len(words):
+        value = int(words[word]) & 0xFFFFFFFF
+        value = value | 1 << bit if allowed else value & ~(1 << bit)
+        words[word] = value - (1 << 32) if value >= 1 << 31 else value

@@ -1,29 +1,35 @@
 """From logits to token ids, each request by its own rules, whatever batch it shares.
 
-A draw is one uniform number, a hash of (seed, position), looked up in the cumulative
-distribution in vocabulary order. So it depends on nothing but the request: not on the batch, the
-step, or torch's global generator; and two logits that swap ranks by rounding move the outcome
-only by that rounding.
+The order is that of the field: log-probabilities are reported from the raw logits; then bias,
+``min_tokens``, repetition, frequency and presence penalties, grammar, temperature, top-k, top-p
+and min-p. What a request needs to remember grows by one token a step and is never recounted.
+
+Shapes: B rows of a step, V tokens of the vocabulary, R and S rows of a part of the batch.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from serve_apps.engine.draws import draw, probabilities, uniform
 from serve_apps.engine.interface import Logprob, Sampling
+from serve_apps.engine.penalties import Penalised, Penalties
 
 if TYPE_CHECKING:
     from serve_apps.engine.grammar import Matcher
 
 GREEDY_BELOW = 1e-5
 """Colder than this is greedy: dividing by it would overflow to infinities."""
-NUCLEUS_GUESSES = (256, 4096)
-"""Top-p looks among this many first; sorting a whole vocabulary costs milliseconds a row."""
-_MASK64 = 2**64 - 1
+UNLIKELY = -1e30
+"""What a banned stop id gets under a grammar: it still wins where nothing else is allowed."""
+
+Row = tuple[str, int, Sequence[int]]
+"""Request id, tokens answered so far, ids of prompt and answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,34 @@ class Picked:
     """The grammar cannot go on: the request ends with "error", the token is void."""
 
 
+class _Request:
+    """What one request's rules are, sorted by who needs to know."""
+
+    __slots__ = ("bias", "matcher", "prompt_ids", "sampling", "seed", "special", "stop_ids")
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        seed: int,
+        stop_ids: list[int],
+        matcher: Matcher | None,
+        vocab_size: int,
+    ) -> None:
+        self.sampling, self.seed = sampling, seed
+        # a copy: the caller's list may be the one that the answer grows on
+        self.prompt_ids = tuple(prompt_ids) if Penalties.wanted(sampling) else ()
+        self.stop_ids, self.matcher = stop_ids, matcher
+        self.bias = [(i, value) for i, value in sampling.logit_bias if 0 <= i < vocab_size]
+        self.special = bool(
+            self.bias or sampling.min_tokens or matcher is not None or Penalties.wanted(sampling)
+        )
+
+    @property
+    def greedy(self) -> bool:
+        return self.sampling.temperature < GREEDY_BELOW
+
+
 class Picker:
     """The rules of all requests in flight, and what each needs to remember from step to step.
 
@@ -47,8 +81,11 @@ class Picker:
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._vocab_size, self._device = vocab_size, device
-        self._rules: dict[str, tuple[Sampling, int]] = {}
+        self._vocab_size = vocab_size
+        self._requests: dict[str, _Request] = {}
+        self._penalties = Penalties(vocab_size, device)
+        self._forgotten = deque[str]()
+        self._unknown = _Request((), Sampling(temperature=0.0), 0, [], None, vocab_size)
 
     def add(
         self,
@@ -60,116 +97,185 @@ class Picker:
         matcher: Matcher | None = None,
     ) -> None:
         """Remember a request until ``forget``; it survives preemption without further calls."""
-        self._rules[request_id] = (sampling, seed)
+        stops = sorted(i for i in stop_ids if 0 <= i < self._vocab_size)
+        self._requests[request_id] = _Request(
+            prompt_ids, sampling, seed, stops, matcher, self._vocab_size
+        )
 
     def forget(self, request_id: str) -> None:
         """Drop a request's state. Idempotent."""
-        self._rules.pop(request_id, None)
+        if self._requests.pop(request_id, None) is not None:
+            self._forgotten.append(request_id)
 
-    def pick(
-        self, logits_BV: torch.Tensor, rows: Sequence[tuple[str, int, Sequence[int]]]
-    ) -> list[Picked]:
-        """Choose a token for each row (request id, tokens answered so far, prompt and answer).
+    def pick(self, logits_BV: torch.Tensor, rows: Sequence[Row]) -> list[Picked]:
+        """Choose a token for each row; ``logits_BV`` may be overwritten."""
+        with torch.inference_mode():
+            return self._pick(logits_BV, rows)
 
-        ``logits_BV`` may be overwritten.
+    def adjust(self, logits_BV: torch.Tensor, rows: Sequence[Row]) -> dict[int, str]:
+        """Change in place the logits (fp32) of rows that ask for it, up to the temperature.
+
+        Returns which rows cannot go on, and why: their grammar allows no token.
         """
-        none = (Sampling(temperature=0.0), 0)
-        known = [self._rules.get(name, none) for name, _, _ in rows]
-        tokens = sample(
-            logits_BV, [k[0] for k in known], [k[1] for k in known], [r[1] for r in rows]
+        requests = [self._requests.get(name, self._unknown) for name, _, _ in rows]
+        with torch.inference_mode():
+            return self._adjust(logits_BV, requests, rows)
+
+    def _pick(self, logits_BV: torch.Tensor, rows: Sequence[Row]) -> list[Picked]:
+        while self._forgotten:  # here, where no step is counting
+            self._penalties.forget(self._forgotten.popleft())
+        requests = [self._requests.get(name, self._unknown) for name, _, _ in rows]
+        if all(r.greedy and not r.special and r.sampling.logprobs is None for r in requests):
+            return [Picked(token) for token in logits_BV.argmax(dim=-1).tolist()]
+        logits_BV = logits_BV.float()
+        report = _Report(logits_BV, [r.sampling.logprobs for r in requests])
+        errors = self._adjust(logits_BV, requests, rows)
+        picked = logits_BV.argmax(dim=-1)
+        if warm := [i for i, r in enumerate(requests) if not r.greedy]:
+            part = logits_BV if len(warm) == len(requests) else logits_BV[warm]
+            probs = probabilities(part, [requests[i].sampling for i in warm])
+            draws = [uniform(requests[i].seed, rows[i][1]) for i in warm]
+            uniforms = torch.tensor(draws, dtype=torch.float64).to(probs.device)
+            picked[warm] = draw(probs, uniforms)
+        tokens, logprobs = report.read(picked)
+        return [
+            _picked(request, token, logprob, errors.get(i))
+            for i, (request, token, logprob) in enumerate(
+                zip(requests, tokens, logprobs, strict=True)
+            )
+        ]
+
+    def _adjust(
+        self, logits_BV: torch.Tensor, requests: Sequence[_Request], rows: Sequence[Row]
+    ) -> dict[int, str]:
+        special = [i for i, r in enumerate(requests) if r.special]
+        if not special:
+            return {}
+        whole = len(special) == len(requests)
+        part_RV = logits_BV if whole else logits_BV[special]
+        mine = [requests[i] for i in special]
+        where = [rows[i] for i in special]
+        _add_bias(part_RV, mine)
+        _ban_stops(part_RV, mine, [answered for _, answered, _ in where])
+        self._penalties.apply(
+            part_RV,
+            [
+                Penalised(i, *row, request.prompt_ids, request.sampling)
+                for i, (row, request) in enumerate(zip(where, mine, strict=True))
+                if Penalties.wanted(request.sampling)
+            ],
         )
-        return [Picked(token) for token in tokens]
-
-
-def prompt_logprobs(logits_TV: torch.Tensor, target_ids: Sequence[int], k: int) -> list[Logprob]:
-    """Score ``target_ids[i]`` under row i, with the ``k`` most likely tokens of each row."""
-    logs = torch.log_softmax(logits_TV.float(), dim=-1)
-    best = logs.topk(k, dim=-1) if k else None
-    out = []
-    for i, token in enumerate(target_ids):
-        top = (
-            ()
-            if best is None
-            else tuple(zip(best.indices[i].tolist(), best.values[i].tolist(), strict=True))
-        )
-        out.append(Logprob(token, float(logs[i, token]), top))
-    return out
-
-
-def uniform(seed: int, position: int) -> float:
-    """Return a number in [0, 1) that only (seed, position) decide.
-
-    Two rounds of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), 53 bits of the last.
-    """
-    state = _splitmix((_splitmix(seed & _MASK64) + position) & _MASK64)
-    return float((state >> 11) * 2.0**-53)
-
-
-def _splitmix(state: int) -> int:
-    z = (state + 0x9E3779B97F4A7C15) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return z ^ (z >> 31)
+        errors = _mask(part_RV, mine, where)
+        if not whole:
+            logits_BV[special] = part_RV
+        return {special[i]: why for i, why in errors.items()}
 
 
 def sample(
     logits_BV: torch.Tensor, rules: Sequence[Sampling], seeds: Sequence[int], at: Sequence[int]
 ) -> list[int]:
-    """Pick one token for each row; ``at`` is the position of the new token in its answer."""
-    warm = [i for i, rule in enumerate(rules) if rule.temperature >= GREEDY_BELOW]
-    if not warm:
-        return list(map(int, logits_BV.argmax(dim=-1).tolist()))
-    picked = logits_BV.argmax(dim=-1)
-    probs = probabilities(logits_BV[warm], [rules[i] for i in warm])
-    draws = torch.tensor([uniform(seeds[i], at[i]) for i in warm], dtype=torch.float64)
-    picked[warm] = draw(probs, draws.to(probs.device))
-    return list(map(int, picked.tolist()))
+    """Pick one token for each row without history; ``at`` is its position in its answer."""
+    picker = Picker(logits_BV.shape[-1], logits_BV.device)
+    for i, (rule, seed) in enumerate(zip(rules, seeds, strict=True)):
+        picker.add(str(i), (), rule, seed)
+    rows = [(str(i), position, ()) for i, position in enumerate(at)]
+    return [picked.token for picked in picker.pick(logits_BV.clone(), rows)]
 
 
-def draw(probs_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
-    """Return for each row the first token whose cumulative probability exceeds the uniform."""
-    cumulative = probs_BV.cumsum(dim=-1, dtype=torch.float64)
-    # Scaled by the true sum: rounding must not leave a gap above the last token.
-    target = uniforms_B[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+def prompt_logprobs(logits_TV: torch.Tensor, target_ids: Sequence[int], k: int) -> list[Logprob]:
+    """Score ``target_ids[i]`` under row i, with the ``k`` most likely tokens of each row."""
+    with torch.inference_mode():
+        report = _Report(logits_TV.float(), [k] * len(target_ids))
+        _, logprobs = report.read(torch.tensor(target_ids, device=logits_TV.device))
+    return [logprob for logprob in logprobs if logprob is not None]
 
 
-def probabilities(logits_BV: torch.Tensor, rules: Sequence[Sampling]) -> torch.Tensor:
-    """Apply temperature, then top-k, then top-p, in transformers' order; rows sum to one."""
-    device = logits_BV.device
-    temperature = torch.tensor([r.temperature for r in rules], dtype=torch.float32, device=device)
-    logits = logits_BV.float() / temperature[:, None]
-    vocab = logits.shape[-1]
-    if rows := [i for i, r in enumerate(rules) if 0 < r.top_k < vocab]:
-        logits[rows] = _keep_top_k(logits[rows], [rules[i].top_k for i in rows])
-    probs = torch.softmax(logits, dim=-1)
-    if rows := [i for i, r in enumerate(rules) if r.top_p < 1]:
-        probs[rows] = _keep_top_p(probs[rows], [rules[i].top_p for i in rows])
-    return probs
+class _Report:
+    """Log-probabilities of the raw logits, read together with the picked tokens."""
+
+    def __init__(self, logits_BV: torch.Tensor, wanted: Sequence[int | None]) -> None:
+        self._wanted = wanted
+        self._rows = [i for i, k in enumerate(wanted) if k is not None]
+        self._most = min(max((k or 0 for k in wanted), default=0), logits_BV.shape[-1])
+        if self._rows:
+            part = logits_BV if len(self._rows) == len(wanted) else logits_BV[self._rows]
+            self._logs_RV = torch.log_softmax(part, dim=-1)
+
+    def read(self, picked: torch.Tensor) -> tuple[list[int], list[Logprob | None]]:
+        """Bring tokens and what was asked about them over in one transfer."""
+        if not self._rows:
+            return picked.tolist(), [None] * len(self._wanted)
+        rows, most = len(self._rows), self._most
+        mine = picked if rows == len(self._wanted) else picked[self._rows]
+        best = self._logs_RV.topk(most, dim=-1)
+        parts = (picked, self._logs_RV.gather(1, mine[:, None]), best.values, best.indices)
+        flat = torch.cat([part.double().flatten() for part in parts]).tolist()
+        tokens = [int(token) for token in flat[: len(self._wanted)]]
+        chosen, flat = flat[len(tokens) : len(tokens) + rows], flat[len(tokens) + rows :]
+        values, ids = flat[: rows * most], flat[rows * most :]
+        logprobs: list[Logprob | None] = [None] * len(tokens)
+        for n, i in enumerate(self._rows):
+            part = slice(n * most, n * most + min(self._wanted[i] or 0, most))
+            top = tuple(zip(map(int, ids[part]), values[part], strict=True))
+            logprobs[i] = Logprob(tokens[i], chosen[n], top)
+        return tokens, logprobs
 
 
-def _keep_top_k(logits: torch.Tensor, top_k: Sequence[int]) -> torch.Tensor:
-    best = torch.topk(logits, max(top_k), dim=-1).values
-    last = best.gather(1, torch.tensor(top_k, device=logits.device)[:, None] - 1)
-    return logits.masked_fill(logits < last, float("-inf"))
+def _picked(request: _Request, token: int, logprob: Logprob | None, error: str | None) -> Picked:
+    if error is not None:
+        return Picked(token, error=error)
+    finished = False
+    if request.matcher is not None and token not in request.stop_ids:
+        finished = request.matcher.accept(token)
+    return Picked(token, logprob, finished)
 
 
-def _keep_top_p(probs: torch.Tensor, top_p: Sequence[float]) -> torch.Tensor:
-    """Keep the fewest most likely tokens whose sum reaches top_p, at least one."""
-    vocab = probs.shape[-1]
-    kept = torch.zeros_like(probs)
-    rows = torch.arange(len(top_p), device=probs.device)
-    bound = torch.tensor(top_p, dtype=torch.float32, device=probs.device)[:, None]
-    for guess in (*(n for n in NUCLEUS_GUESSES if n < vocab), vocab):
-        if guess < vocab:
-            best, index = torch.topk(probs[rows], guess, dim=-1)
-        else:
-            best, index = torch.sort(probs[rows], dim=-1, descending=True)
-        enough = best.sum(dim=-1) >= bound[rows, 0] if guess < vocab else rows >= 0
-        before = best.cumsum(dim=-1) - best
-        best = best.masked_fill(before >= bound[rows], 0.0)
-        kept[rows[enough]] = kept[rows[enough]].scatter_(1, index[enough], best[enough])
-        rows = rows[~enough]
-        if not len(rows):
-            break
-    return kept / kept.sum(dim=-1, keepdim=True)
+def _add_bias(part_RV: torch.Tensor, requests: Sequence[_Request]) -> None:
+    entries = [(n, i, value) for n, r in enumerate(requests) for i, value in r.bias]
+    if entries:
+        at, ids, values = zip(*entries, strict=True)
+        index = torch.tensor([at, ids], device=part_RV.device)
+        added = torch.tensor(values, dtype=torch.float32, device=part_RV.device)
+        part_RV.index_put_((index[0], index[1]), added, accumulate=True)
+
+
+def _ban_stops(
+    part_RV: torch.Tensor, requests: Sequence[_Request], answered: Sequence[int]
+) -> None:
+    entries = [
+        (n, i, UNLIKELY if request.matcher is not None else float("-inf"))
+        for n, request in enumerate(requests)
+        if answered[n] < request.sampling.min_tokens
+        for i in request.stop_ids
+    ]
+    if entries:
+        at, ids, values = zip(*entries, strict=True)
+        index = torch.tensor([at, ids], device=part_RV.device)
+        part_RV[index[0], index[1]] = torch.tensor(values, device=part_RV.device)
+
+
+def _mask(
+    part_RV: torch.Tensor, requests: Sequence[_Request], where: Sequence[Row]
+) -> dict[int, str]:
+    """Leave each row that has a grammar only what may come next in it."""
+    rows = [i for i, r in enumerate(requests) if r.matcher is not None]
+    if not rows:
+        return {}
+    vocab = part_RV.shape[-1]
+    bits = torch.zeros(len(rows), (vocab + 31) // 32, dtype=torch.int32)
+    words, errors = bits.numpy(), dict[int, str]()
+    for n, i in enumerate(rows):
+        matcher, (_, answered, ids) = requests[i].matcher, where[i]
+        assert matcher is not None
+        why = matcher.fill(words[n], ids, answered, requests[i].stop_ids)
+        if why is not None:
+            errors[i] = why
+            words[n] = -1
+    packed = bits.view(torch.uint8).to(part_RV.device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=part_RV.device)
+    allowed = (packed[:, :, None] >> shifts & 1).view(len(rows), -1)[:, :vocab]
+    if len(rows) == len(requests):
+        part_RV.masked_fill_(allowed == 0, float("-inf"))
+    else:
+        part_RV[rows] = part_RV[rows].masked_fill(allowed == 0, float("-inf"))
+    return errors
