@@ -1,150 +1,174 @@
-"""From a call to token ids, and from an engine's chunks to text that ends where it should."""
+"""From an engine's chunks to events: text that ends where it should, scores, tool calls."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
-from cluster.errors import ConfigError, EngineError, RequestError
-from cluster.text.chat import ChatText
+from cluster.errors import EngineError, RequestError
 from cluster.text.stream import TextStream
-from serve_apps.calls import Call, Event
-from serve_apps.engine.interface import Chunk, EngineRequest, Sampling, Stream
+from serve_apps.calls import Event, Finish, Score, ToolDelta
+from serve_apps.engine.interface import Chunk, PromptInfo, Stream
+from serve_apps.scores import Scorer
 from serve_apps.stops import StopFilter
 
-INLINE_CHARS = 8_000
-"""Longer prompts are encoded in a thread, so that other requests keep streaming."""
+SLOW = 1.5
+"""An engine whose steps take so many intervals needs nobody to wait for its tokens."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """One prompt as ids, with the length that its answer may have."""
+class CallReader(Protocol):
+    """What tells tool calls from text."""
 
-    ids: tuple[int, ...]
-    max_tokens: int
+    calls: int
+    done: bool
 
-    def request(self, call: Call, index: int, eos_ids: tuple[int, ...]) -> EngineRequest:
-        """Return what the engine is asked."""
-        seed = None if call.seed is None else (call.seed + index) % 2**63
-        return EngineRequest(
-            request_id=f"{call.request_id}-{index}",
-            prompt_ids=self.ids,
-            max_tokens=self.max_tokens,
-            sampling=Sampling(call.temperature, call.top_p, call.top_k, seed),
-            stop_ids=eos_ids,
-        )
+    def feed(self, text: str) -> tuple[str, tuple[ToolDelta, ...]]:
+        """Add text; return what became certain."""
+
+    def flush(self) -> tuple[str, tuple[ToolDelta, ...]]:
+        """Return what is left at the end."""
 
 
-async def prepare(call: Call, text: ChatText, max_model_len: int) -> list[Prepared]:
-    """Encode every prompt of a call; RequestError (400) when one is empty or too long."""
-    size = sum(len(p) for p in call.prompts) + sum(len(m["content"]) for m in call.messages or ())
-    if size <= INLINE_CHARS:
-        encoded = _encode(call, text)
-    else:
-        encoded = await asyncio.to_thread(_encode, call, text)
-    param = "prompt" if call.messages is None else "messages"
-    return [Prepared(ids, _room(ids, call, text, max_model_len, param)) for ids in encoded]
+class Reading:
+    """One answer on its way from token ids to text, scores and calls."""
 
+    def __init__(
+        self,
+        text: TextStream,
+        stop: Sequence[str] = (),
+        calls: CallReader | None = None,
+        scorer: Scorer | None = None,
+        echo: str = "",
+    ) -> None:
+        """``echo`` is the prompt's text, where the answer is to begin with it."""
+        self._text, self._stops, self._calls, self._scorer = text, StopFilter(stop), calls, scorer
+        self._out, self._tools = [echo] if echo else [], list[ToolDelta]()
+        self._scores: list[Score] = []
+        self._held: list[Score] = []  # of tokens whose text is not out yet
+        self._read = self._shown = len(echo)
+        self.tokens = 0
+        """Tokens of the answer so far; none after the one that ended a stop string."""
+        self.finish: Finish | None = None
+        self.prompt: PromptInfo | None = None
 
-def _encode(call: Call, text: ChatText) -> list[tuple[int, ...]]:
-    if call.messages is None:
-        return [text.encode(p) if isinstance(p, str) else p for p in call.prompts]
-    if not text.has_template:
-        raise RequestError(
-            "this model has no chat template; use /v1/completions",
-            400,
-            "chat_not_supported",
-            "messages",
-        )
-    try:
-        return [text.encode_chat(call.messages)]
-    except ConfigError as error:
-        # what a template says of a conversation that it refuses; a path of ours never
-        said = str(error).rpartition("/")[2]
-        raise RequestError(
-            f"the model's chat template refused the messages: {said:.200}",
-            400,
-            "invalid_messages",
-            "messages",
-        ) from None
+    def take(self, chunk: Chunk) -> None:
+        """Add what an engine says. Raises what stands for an end that is no end."""
+        finish = _finish(chunk)
+        if chunk.prompt is not None:
+            self.prompt = chunk.prompt
+            if self._scorer:
+                self._scores += self._scorer.prompt(chunk.prompt.logprobs)
+        for at, number in enumerate(chunk.token_ids):
+            self.tokens += 1
+            if self._scorer:
+                self._held.append(self._scorer.score(chunk.logprobs[at], self._read))
+            said = self._text.feed((number,))
+            self._read += len(said)
+            self._say(self._stops.feed(said))
+            if self._ended():
+                break
+        if self.finish is None and finish is not None:
+            self._say(self._stops.feed(self._text.flush()))
+            if not self._ended():
+                self._say(self._stops.flush())
+                self.finish = finish
+        self._release()
+        if self.finish and self._calls:
+            self._add(self._calls.flush())
+            if self._calls.calls and self.finish == "stop":
+                self.finish = "tool_calls"
 
+    def drain(self) -> tuple[str, tuple[Score, ...], tuple[ToolDelta, ...]]:
+        """Return what is new since the last time."""
+        out, scores, tools = "".join(self._out), tuple(self._scores), tuple(self._tools)
+        self._out, self._scores, self._tools = [], [], []
+        return out, scores, tools
 
-def _room(ids: tuple[int, ...], call: Call, text: ChatText, max_model_len: int, param: str) -> int:
-    """Return how long the answer may be; RequestError where nothing would fit."""
-    if not ids:
-        raise RequestError("the prompt is empty: it has no token", 400, "empty_prompt", param)
-    if not (min(ids) >= 0 and max(ids) < text.vocab_size):
-        raise RequestError(
-            f"the prompt holds a token id outside 0..{text.vocab_size - 1}",
-            400,
-            "invalid_token_id",
-            param,
-        )
-    left = max_model_len - len(ids)
-    if left < 1:
-        raise RequestError(
-            f"the prompt has {len(ids)} tokens; this model holds {max_model_len}, prompt and "
-            "answer together: shorten the prompt",
-            400,
-            "context_length_exceeded",
-            param,
-        )
-    if call.max_tokens <= left:
-        return call.max_tokens
-    if call.clip:
-        return left
-    raise RequestError(
-        f"the prompt has {len(ids)} tokens and max_tokens asks for {call.max_tokens} more; this "
-        f"model holds {max_model_len} in all: shorten the prompt or ask for at most {left}",
-        400,
-        "context_length_exceeded",
-        param,
-    )
+    @property
+    def news(self) -> bool:
+        """Whether there is anything to drain."""
+        return bool(self._out or self._tools or self._scores)
+
+    def _ended(self) -> bool:
+        if self._stops.hit is not None or (self._calls and self._calls.done):
+            self.finish = "stop"
+        return self.finish is not None
+
+    def _say(self, text: str) -> None:
+        if not text:
+            return
+        self._shown += len(text)
+        if self._calls:
+            self._add(self._calls.feed(text))
+        else:
+            self._out.append(text)
+
+    def _add(self, found: tuple[str, tuple[ToolDelta, ...]]) -> None:
+        if found[0]:
+            self._out.append(found[0])
+        self._tools += found[1]
+
+    def _release(self) -> None:
+        """Let scores out with the text of their tokens; those of a stop string never."""
+        ended = self.finish is not None and self._stops.hit is None
+        count = 0
+        while count < len(self._held) and (ended or self._held[count].offset < self._shown):
+            count += 1
+        self._scores += self._held[:count]
+        del self._held[:count]
 
 
 async def answer(
     index: int,
     stream: Stream,
-    text: TextStream,
+    reading: Reading,
     version: str,
     prompt_tokens: int,
-    stop: Sequence[str],
+    interval_s: float | None = 0.0,
+    clock: Callable[[], float] | None = None,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> AsyncGenerator[Event, None]:
     """Turn one engine stream into events; the first at the first token, the last with ``finish``.
 
-    A stop string ends it, and ends the engine's work at once.
+    Between two events lie ``interval_s`` at least, if tokens come that fast; the first does not
+    wait. With None there is nothing between the first and the last. What ends an answer here,
+    as a stop string does, ends the engine's work at once.
     """
-    stops, tokens, first = StopFilter(stop), 0, True
-    async for chunk in stream:
-        out, finish = "", _finish(chunk)
-        for number in chunk.token_ids:  # one by one: usage counts no token after the stop
-            tokens += 1
-            out += stops.feed(text.feed((number,)))
-            if stops.hit is not None:
-                break
-        if finish and stops.hit is None:
-            out += stops.feed(text.flush())
-            out += stops.flush()
-        if stops.hit is not None:
-            finish = "stop"
+    clock = clock or asyncio.get_running_loop().time
+    sent, first, hurried = 0.0, True, False
+    while reading.finish is None:
+        if hurried and interval_s:
+            await sleep(max(0.0, sent + interval_s - clock()))
+        chunk = await anext(stream, None)
+        if chunk is None:
+            raise EngineError("the engine ended the stream without a reason")
+        reading.take(chunk)
+        if reading.finish and chunk.finish is None:
             await stream.aclose()
-        if out or finish or first:
-            yield Event(version, index, out, prompt_tokens, tokens, finish)
+        if not (reading.finish or first or (interval_s is not None and reading.news)):
+            continue
+        now = clock()
+        hurried = bool(interval_s) and not first and now - sent < SLOW * (interval_s or 0.0)
+        sent = now
+        out, scores, tools = reading.drain()
+        info = reading.prompt
+        cached = min(info.cached_tokens, prompt_tokens) if info else 0
+        yield Event(
+            *(version, index, out, prompt_tokens, reading.tokens, reading.finish),
+            *(cached, scores, tools, info.queued_s if info and first else None),
+        )
         first = False
-        if finish:
-            return
-    raise EngineError("the engine ended the stream without a reason")
 
 
-def _finish(chunk: Chunk) -> Literal["stop", "length"] | None:
+def _finish(chunk: Chunk) -> Finish | None:
     if chunk.finish == "error":
         raise EngineError(chunk.error or "the engine gave no reason")
     if chunk.finish == "abort":
         raise RequestError(
-            "the request was ended: its version was retired, or the replica is shutting down; "
+            chunk.error
+            or "the request was ended: its version was retired, or the replica is shutting down; "
             "try again",
             503,
             "aborted",

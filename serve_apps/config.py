@@ -50,6 +50,20 @@ class Limits(Frozen):
     """A request body that has not arrived by then is answered 408."""
     max_json_depth: PositiveInt = 32
     """Lists and objects inside each other in a request body."""
+    max_choices: PositiveInt = 32
+    """Answers of one request: its prompts times its ``n``."""
+    max_logit_bias: NonNegativeInt = 1024
+    """Entries of ``logit_bias``."""
+    max_tools: PositiveInt = 128
+    max_grammar_chars: PositiveInt = 65_536
+    """Length of a schema, a regular expression or a grammar, and of a request's tools together."""
+    min_priority: int = 0
+    """The most urgent ``priority`` that a client may ask for: a lower number starts earlier."""
+    template_kwargs: tuple[str, ...] = ("enable_thinking", "thinking", "reasoning_effort")
+    """Variables of a chat template that a client may set in ``chat_template_kwargs``."""
+    stream_interval_ms: float = Field(10.0, ge=0, le=1000)
+    """Least time between two chunks of one answer, the first excepted, which never waits: tokens
+    that come faster travel together. 0 gives each step of the engine a chunk."""
 
 
 class Fake(Frozen):
@@ -85,6 +99,10 @@ class Sharded(Frozen):
     """Tokens of one step, prefill chunks and decoding requests together."""
     cache_tokens: PositiveInt | None = None
     """KV cache size; by default ``max_concurrent * max_model_len``, bounded by free memory."""
+    prefix_cache: bool = True
+    """Keep what prompts and answers left in the cache for those that begin alike."""
+    quantization: Literal["none", "int8"] = "none"
+    """``int8``: linear weights as 8-bit integers with one scale for each output (CPU only)."""
     threads: PositiveInt | None = None
     """CPU threads of a rank; by default the cores of the machine divided by its ranks."""
     start_timeout_s: PositiveFloat = 180.0
@@ -125,6 +143,11 @@ class ModelConfig(Frozen):
     """Logical CPUs reserved for each rank."""
     num_gpus: float = Field(0.0, ge=0)
     """GPUs reserved for each rank."""
+    sampling_defaults: Literal["openai", "model"] = "openai"
+    """What a request gets that names no temperature and the like: OpenAI's values (temperature
+    1), or those of the model's ``generation_config.json`` (greedy unless that says do_sample)."""
+    tool_format: Literal["auto", "hermes", "llama", "mistral", "json", "generic"] = "auto"
+    """The form of the model's tool calls; ``auto``: what its chat template shows."""
 
     @property
     def name(self) -> str:

@@ -121,7 +121,7 @@ class CallMeter:
         now = self._owner.clock()
         if self._labels is None:  # the version is the same on every event of a call
             self._labels = self._owner.labels(event.version)
-        last = self._last.get(event.index)
+        last = self._last.get(event.number)
         if last is None:
             self._first(event, now, self._labels)
         elif fresh := event.completion_tokens - last[1]:
@@ -130,7 +130,7 @@ class CallMeter:
             self._tokens += fresh
             self._between += fresh
             self._between_s += spent
-            self._last[event.index] = now, event.completion_tokens
+            self._last[event.number] = now, event.completion_tokens
         if event.finish:
             self._finished(event.finish, now, self._labels)
 
@@ -165,7 +165,7 @@ class CallMeter:
         add(metrics.TIME_TO_FIRST_TOKEN.count, 1, **labels)
         add(metrics.PROMPT_TOKENS, event.prompt_tokens, **labels)
         self._tokens += event.completion_tokens
-        self._last[event.index] = now, event.completion_tokens
+        self._last[event.number] = now, event.completion_tokens
 
     def _finished(self, finish: str, now: float, labels: dict[str, str]) -> None:
         self._open -= 1

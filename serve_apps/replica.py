@@ -14,11 +14,15 @@ from cluster.errors import EngineError, RequestError
 from cluster.library.store import Library
 from cluster.meter import Meter
 from cluster.text.chat import ChatText
-from serve_apps.answers import Prepared, answer, merge, prepare
+from serve_apps.answers import CallReader, Reading, answer, merge
 from serve_apps.calls import Call, Event, Refusal
 from serve_apps.config import ModelConfig
 from serve_apps.engine.interface import Engine, EngineInfo, Stream
 from serve_apps.metering import ReplicaMeter
+from serve_apps.prepare import Plan, prepare
+from serve_apps.scores import Scorer
+from serve_apps.tools.forced import ForcedCalls
+from serve_apps.tools.free import FreeCalls
 from serve_apps.versions import Board, Versions
 
 HEALTH_S = 8.0
@@ -112,16 +116,15 @@ class Replica:
             self._meter.flush()
 
     async def _events(self, call: Call) -> AsyncGenerator[Event, None]:
-        version, text, prompts = await self._admit(call)
+        version, text, plan = await self._admit(call)
         streams: list[Stream] = []
         try:
             # no await since the last look at the version: it cannot be released in between
-            for index, prompt in enumerate(prompts):
-                request = prompt.request(call, index, text.eos_ids)
+            for request in plan.requests(call):
                 streams.append(self._engine.generate(request, version))
             answers = [
-                answer(index, stream, text.stream(), version, len(prompt.ids), call.stop)
-                for index, (stream, prompt) in enumerate(zip(streams, prompts, strict=True))
+                self._answer(index, stream, call, plan, text, version)
+                for index, stream in enumerate(streams)
             ]
             async with aclosing(answers[0] if len(answers) == 1 else merge(answers)) as events:
                 async for event in events:
@@ -130,11 +133,37 @@ class Replica:
             for stream in streams:
                 await stream.aclose()
 
-    async def _admit(self, call: Call) -> tuple[str, ChatText, list[Prepared]]:
+    def _answer(
+        self, index: int, stream: Stream, call: Call, plan: Plan, text: ChatText, version: str
+    ) -> AsyncGenerator[Event, None]:
+        number, choice = divmod(index, call.n)
+        prompt = plan.prompts[number]
+        shown = plan.form.special if call.tools and call.tools.choice == "auto" else ()
+        scorer = None
+        if call.sampling.logprobs is not None:
+            scorer = Scorer(text, prompt.ids if call.echo else ())
+        reading = Reading(
+            text.stream(shown), call.stop, _call_reader(call, plan), scorer, prompt.echo
+        )
+        # a prompt is counted once, with the first of its answers
+        billed = 0 if choice else len(prompt.ids)
+        return answer(index, stream, reading, version, billed, call.interval_s)
+
+    async def _admit(self, call: Call) -> tuple[str, ChatText, Plan]:
         """Pick the version and turn the call into ids with that version's tokenizer."""
         for _ in range(TRIES):
             version, text = self._versions.pick(call.version)
-            prompts = await prepare(call, text, self._engine.info.max_model_len)
+            plan = await prepare(call, text, self._config, self._engine.info.max_model_len)
             if self._versions.holds(version):
-                return version, text, prompts
+                return version, text, plan
         raise RequestError("versions change too fast; try again", 503, "unavailable", None, 1)
+
+
+def _call_reader(call: Call, plan: Plan) -> CallReader | None:
+    tools = call.tools
+    if tools is None:
+        return None
+    names = [function["name"] for function in tools.functions]
+    if tools.choice == "auto":
+        return FreeCalls(plan.form, names, tools.parallel)
+    return ForcedCalls(plan.form, names, tools.name)

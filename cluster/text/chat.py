@@ -138,7 +138,7 @@ class ChatText:
         mark = str(secrets.randbits(128) | 1 << 128) if continued and checked else ""
         if mark:
             checked[-1] = {**checked[-1], "content": checked[-1]["content"] + mark}
-        given = {"tools": list(tools or ()), "extra": dict(extra or {})}
+        given: dict[str, Any] = {"tools": list(tools or ()), "extra": dict(extra or {})}
         guard, checked, given = self._prepare(checked, given)
         rendered, _ = self._render(checked, generation_prompt and not mark, **given)
         if mark:

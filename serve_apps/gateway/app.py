@@ -23,6 +23,7 @@ from serve_apps.gateway.front import Front, Keys
 from serve_apps.gateway.metering import GONE, HttpMeter
 from serve_apps.gateway.replies import Reply, frame
 from serve_apps.gateway.samples import CONTENT_TYPE, Samples
+from serve_apps.gateway.schemas import ChatRequest, Common, CompletionRequest
 from serve_apps.gateway.stream import EventStream, unless_gone
 from serve_apps.release_policy import Served, resolve, served_id
 
@@ -72,37 +73,40 @@ class Gateway:
     async def chat(self, request: Request) -> Response:
         """Answer ``POST /v1/chat/completions``."""
         limits = self.limits
-        body = wire.parse(
-            await read_object(request.scope, request.receive, limits), wire.ChatRequest
-        )
+        body = wire.parse(await read_object(request.scope, request.receive, limits), ChatRequest)
         served, version = resolve(body.model, self._backend.served())
-        call = wire.chat_call(body, f"chatcmpl-{self._new_id()}", version, limits)
+        name, salt = f"chatcmpl-{self._new_id()}", request.state.salt
+        call = wire.chat_call(body, name, version, limits, salt)
         return await self._reply(request, body, call, served.name, limits)
 
     async def completions(self, request: Request) -> Response:
         """Answer ``POST /v1/completions``."""
         limits = self.limits
         given = await read_object(request.scope, request.receive, limits)
-        body = wire.parse(given, wire.CompletionRequest)
+        body = wire.parse(given, CompletionRequest)
         served, version = resolve(body.model, self._backend.served())
-        call = wire.completion_call(body, f"cmpl-{self._new_id()}", version, limits)
+        name, salt = f"cmpl-{self._new_id()}", request.state.salt
+        call = wire.completion_call(body, name, version, limits, salt)
         return await self._reply(request, body, call, served.name, limits)
 
     async def _reply(
-        self, request: Request, body: wire.Common, call: Call, name: str, limits: Limits
+        self, request: Request, body: Common, call: Call, name: str, limits: Limits
     ) -> Response:
-        reply = Reply.begin(
-            call.messages is not None,
-            call.request_id,
-            body.model,
-            int(self._clock()),
-            body.include_usage,
-            call.answers,
+        reply = Reply(
+            chat=call.messages is not None,
+            id=call.request_id,
+            model=body.model,
+            created=int(self._clock()),
+            answers=call.answers,
+            scored=call.sampling.logprobs is not None,
+            include_usage=body.include_usage,
+            always_usage=body.usage_in_every_chunk,
         )
         stream = events(self._backend, name, call, limits)
         if not body.stream:
             await unless_gone(request.receive, _collect(stream, reply))
-            return JSONResponse(reply.document(), headers=_headers(reply.version))
+            headers = {"content-type": "application/json", **_headers(reply.version)}
+            return Response(errors.encode(reply.document()), headers=headers)
         # Until the first token there is a status code to tell a failure with; so wait for it.
         first = await unless_gone(request.receive, _first(stream))
         frames = _frames(first, stream, reply, request)
@@ -129,18 +133,16 @@ async def _frames(
     outcome = GONE
     try:
         async with aclosing(stream):
-            for part in reply.frames(first):
-                yield part
+            yield reply.frames(first)
             try:
                 async for event in stream:
-                    for part in reply.frames(event):
+                    if part := reply.frames(event):
                         yield part
             except RequestError as error:
                 outcome = error.status
                 yield frame(errors.body(error, request.state.request_id))
                 return
-            for part in reply.last_frames():
-                yield part
+            yield reply.last_frames()
             outcome = 200
     finally:
         request.state.outcome = outcome  # the status line was sent before anybody knew

@@ -48,7 +48,7 @@ async def events(
             event = await _next(stream, call, until, last)
             until = last
             if event.finish:
-                open_answers.discard(event.index)
+                open_answers.discard(event.number)
             yield event
 
 

@@ -22,52 +22,37 @@ def _any(value: Any) -> bool:
     return True
 
 
-_zero = _is(0, 0.0)
-
 BOTH: Mapping[str, Callable[[Any], bool]] = {
-    "n": _is(1),
-    "logit_bias": _is({}),
-    "frequency_penalty": _zero,
-    "presence_penalty": _zero,
-    "repetition_penalty": _is(1, 1.0),
-    "min_p": _zero,
-    "min_tokens": _is(0),
     "user": _any,
     "metadata": _any,
-    "guided_json": _is(),
-    "guided_regex": _is(),
-    "guided_choice": _is(),
-    "guided_grammar": _is(),
+    # vLLM's
+    "detokenize": _is(True),
+    "include_stop_str_in_output": _is(False),
+    "length_penalty": _is(1, 1.0),
+    "skip_special_tokens": _is(True),
+    "spaces_between_special_tokens": _is(True),
+    "use_beam_search": _is(False),
 }
 CHAT = {
     **BOTH,
     "audio": _is(),
     "function_call": _is("none"),
     "functions": _is([]),
-    "logprobs": _is(False),
     "modalities": _is(["text"]),
     "moderation": _is(),
-    "parallel_tool_calls": _is(True, False),
     "prediction": _is(),
     "prompt_cache_key": _any,
     "prompt_cache_options": _any,
     "prompt_cache_retention": _any,
-    "reasoning_effort": _is("none"),
-    "response_format": _is({"type": "text"}),
     "safety_identifier": _any,
     "service_tier": _is("auto", "default"),
     "store": _is(True, False),
-    "tool_choice": _is("none", "auto"),
-    "tools": _is([]),
-    "top_logprobs": _is(0),
     "verbosity": _is("medium"),
     "web_search_options": _is(),
 }
 COMPLETION = {
     **BOTH,
     "best_of": _is(1),
-    "echo": _is(False),
-    "logprobs": _is(),
     "suffix": _is(""),
 }
 

@@ -51,6 +51,7 @@ class Front:
             return await send({"type": "websocket.close", "code": 1008})
         state, began = scope.setdefault("state", {}), time.monotonic()
         state["request_id"] = _request_id(scope)
+        state["salt"] = ""
         state["outcome"] = GONE  # until an answer begins; a stream that breaks corrects it
         try:
             await self._handle(scope, receive, send, state)
@@ -76,7 +77,8 @@ class Front:
 
         try:
             if scope["path"] not in PUBLIC:
-                self._admit(scope)
+                # who shares cached prompts with whom: keys of one tenant
+                state["salt"] = str(getattr(self._admit(scope), "tenant", ""))
             await self._app(scope, receive, tagged)
         except RequestError as error:
             failure = error
@@ -88,18 +90,19 @@ class Front:
         if not started:
             await _refuse(failure, request_id, tagged)
 
-    def _admit(self, scope: Scope) -> None:
-        """Raise RequestError (401) unless exactly one good key came along.
+    def _admit(self, scope: Scope) -> Any:
+        """Return the key; RequestError (401) unless exactly one good one came along.
 
         Malformed, unknown and revoked take the same way: one look at the store.
         """
-        if self._keys.check(_bearer(scope)) is None:
+        if (key := self._keys.check(_bearer(scope))) is None:
             raise RequestError(
                 "no valid API key: send `Authorization: Bearer KEY`; `roundhouse keys add NAME` "
                 "makes one",
                 401,
                 "invalid_api_key",
             )
+        return key
 
 
 def _bearer(scope: Scope) -> str:

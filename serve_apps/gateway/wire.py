@@ -2,91 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from cluster.errors import RequestError
-from serve_apps.calls import Call, Message, Prompt
+from serve_apps.calls import Call, Prompt
 from serve_apps.config import Limits
+from serve_apps.engine.interface import Grammar, Sampling
 from serve_apps.gateway import fields
+from serve_apps.gateway.conversation import messages_of, template_of, tools_of
+from serve_apps.gateway.schemas import I64, TAGS, ChatRequest, Common, CompletionRequest
+from serve_apps.structured import GUIDED, grammar_of
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for completions."""
-I64 = 2**63
-
-
-class Wire(BaseModel):
-    """Root of the wire schemas: no unknown key, no text where a number belongs."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class StreamOptions(Wire):
-    """Options of a stream."""
-
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
-    """Accepted, and without effect: nothing is padded here."""
-
-
-class TextPart(Wire):
-    """A part of a message; other kinds than text are not supported yet."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(Wire):
-    """One turn. The last fields are what a client sends back with an assistant's turn."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: None = None
-    annotations: list[Any] | None = None
-
-    def plain(self) -> Message:
-        """Return the turn as a template sees it."""
-        content = self.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
-class Common(Wire):
-    """What both kinds of request say in the same words."""
-
-    model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] = 0
-    seed: Annotated[int, Field(ge=-I64, lt=I64)] | None = None
-    stop: str | list[str] = Field(default_factory=list)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-
-class ChatRequest(Common):
-    """``POST /v1/chat/completions``."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-
-
-class CompletionRequest(Common):
-    """``POST /v1/completions``."""
-
-    prompt: str | list[str] | list[int] | list[list[int]]
-
+DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Fields that a model may have defaults of its own for."""
+MAX_STOP_IDS = 64
 
 Request = TypeVar("Request", bound=Common)
 
@@ -103,21 +37,39 @@ def parse(given: dict[str, Any], kind: type[Request]) -> Request:
         raise _explain(error) from None
 
 
-def chat_call(wire: ChatRequest, request_id: str, version: str | None, limits: Limits) -> Call:
+def chat_call(
+    wire: ChatRequest, request_id: str, version: str | None, limits: Limits, salt: str = ""
+) -> Call:
     """Turn a checked chat request into a call; RequestError where a limit is exceeded."""
-    if len(wire.messages) > limits.max_messages:
-        raise _bad(f"at most {limits.max_messages} messages, not {len(wire.messages)}", "messages")
     if wire.max_tokens is not None and wire.max_completion_tokens is not None:
         raise _bad("give max_tokens or max_completion_tokens, not both", "max_completion_tokens")
     asked = wire.max_tokens if wire.max_completion_tokens is None else wire.max_completion_tokens
+    if wire.top_logprobs and not wire.logprobs:
+        raise _bad("needs logprobs to be true", "top_logprobs")
+    messages = messages_of(wire, limits)
+    tools = tools_of(wire, limits)
+    shared = _shared(wire, asked, limits.default_max_tokens, request_id, version, limits)
+    if tools and shared["sampling"].grammar is not None:
+        raise _bad(
+            "an answer is either of a given form or a tool call; set tool_choice to none",
+            shared["grammar_field"],
+        )
+    shared["sampling"] = _scored(
+        shared["sampling"], (wire.top_logprobs or 0) if wire.logprobs else None
+    )
     return Call(
-        messages=tuple(message.plain() for message in wire.messages),
-        **_shared(wire, asked, limits.default_max_tokens, request_id, version, limits),
+        messages=messages,
+        tools=tools,
+        template=template_of(wire, limits),
+        continued=wire.continue_final_message,
+        open_turn=wire.add_generation_prompt is not False,
+        salt=salt,
+        **shared,
     )
 
 
 def completion_call(
-    wire: CompletionRequest, request_id: str, version: str | None, limits: Limits
+    wire: CompletionRequest, request_id: str, version: str | None, limits: Limits, salt: str = ""
 ) -> Call:
     """Turn a checked completions request into a call; RequestError where a limit is exceeded."""
     prompts = _prompts(wire.prompt)
@@ -125,10 +77,18 @@ def completion_call(
         raise _bad("the list of prompts is empty", "prompt")
     if len(prompts) > limits.max_prompts:
         raise _bad(f"at most {limits.max_prompts} prompts a call, not {len(prompts)}", "prompt")
-    return Call(
-        prompts=prompts,
-        **_shared(wire, wire.max_tokens, COMPLETION_TOKENS, request_id, version, limits),
-    )
+    if len(prompts) * wire.n > limits.max_choices:
+        raise _bad(f"{len(prompts)} prompts times n={wire.n} is more than {_most(limits)}", "n")
+    if wire.max_tokens == 0 and not wire.echo:
+        raise _bad("0 is for echo, which scores a prompt; else at least 1", "max_tokens")
+    shared = _shared(wire, wire.max_tokens, COMPLETION_TOKENS, request_id, version, limits)
+    scored = wire.logprobs if wire.logprobs is not None or wire.max_tokens != 0 else 0
+    shared["sampling"] = _scored(shared["sampling"], wire.logprobs, scored if wire.echo else None)
+    return Call(prompts=prompts, echo=wire.echo, salt=salt, **shared)
+
+
+def _scored(sampling: Sampling, answer: int | None, prompt: int | None = None) -> Sampling:
+    return replace(sampling, logprobs=answer, prompt_logprobs=prompt)
 
 
 def _shared(
@@ -145,16 +105,71 @@ def _shared(
             "(limits.max_new_tokens)",
             "max_tokens",
         )
+    most = min(default, limits.max_new_tokens) if asked is None else asked
+    if wire.min_tokens > most:
+        raise _bad(f"{wire.min_tokens} is more than max_tokens={most}", "min_tokens")
+    if wire.n > limits.max_choices:
+        raise _bad(f"{wire.n} is more than {_most(limits)}", "n")
+    if wire.priority < limits.min_priority:
+        raise _bad(f"at least {limits.min_priority} (limits.min_priority)", "priority")
+    if len(wire.stop_token_ids) > MAX_STOP_IDS:
+        raise _bad(f"at most {MAX_STOP_IDS} ids", "stop_token_ids")
+    grammar, place = grammar_of(_forms(wire), limits.max_grammar_chars)
     return {
         "request_id": request_id,
         "version": version,
-        "max_tokens": min(default, limits.max_new_tokens) if asked is None else asked,
+        "max_tokens": most,
         "clip": asked is None,
-        "temperature": wire.temperature,
-        "top_p": wire.top_p,
-        "top_k": max(wire.top_k, 0),
-        "seed": None if wire.seed is None else wire.seed % I64,
+        "sampling": _sampling(wire, grammar, limits),
+        "unset": frozenset(name for name in DEFAULTED if getattr(wire, name) is None),
         "stop": _stops(wire.stop, limits),
+        "stop_ids": tuple(wire.stop_token_ids),
+        "ignore_eos": wire.ignore_eos,
+        "n": wire.n,
+        "grammar_field": place,
+        "interval_s": limits.stream_interval_ms / 1000 if wire.stream else None,
+        "priority": wire.priority,
+        "deadline_s": min(limits.first_token_timeout_s, limits.request_timeout_s),
+    }
+
+
+def _sampling(wire: Common, grammar: Grammar | None, limits: Limits) -> Sampling:
+    return Sampling(
+        temperature=_or(wire.temperature, 1.0),
+        top_p=_or(wire.top_p, 1.0),
+        top_k=max(wire.top_k or 0, 0),
+        min_p=_or(wire.min_p, 0.0),
+        seed=None if wire.seed is None else wire.seed % I64,
+        frequency_penalty=wire.frequency_penalty,
+        presence_penalty=wire.presence_penalty,
+        repetition_penalty=_or(wire.repetition_penalty, 1.0),
+        logit_bias=_bias(wire.logit_bias, limits),
+        min_tokens=wire.min_tokens,
+        grammar=grammar,
+    )
+
+
+def _or(given: float | None, default: float) -> float:
+    return default if given is None else given
+
+
+def _bias(given: dict[str, float], limits: Limits) -> tuple[tuple[int, float], ...]:
+    if len(given) > limits.max_logit_bias:
+        raise _bad(f"at most {limits.max_logit_bias} entries, not {len(given)}", "logit_bias")
+    for name in given:
+        if not (name.isascii() and name.isdecimal() and len(name) < 10):
+            raise _bad(f"{name[:20]!r} is no token id", "logit_bias")
+    return tuple((int(name), value) for name, value in given.items())
+
+
+def _forms(wire: Common) -> dict[str, Any]:
+    form, outputs = wire.response_format, wire.structured_outputs
+    if form and (form.type == "json_schema") is (form.json_schema is None):
+        raise _bad("goes with type json_schema, and only with it", "response_format.json_schema")
+    return {
+        "response_format": form and form.model_dump(by_alias=True),
+        "structured_outputs": outputs and outputs.model_dump(by_alias=True),
+        **{name: getattr(wire, name) for name in GUIDED},
     }
 
 
@@ -193,14 +208,22 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[Pro
 def _explain(error: ValidationError) -> RequestError:
     problem = error.errors(include_url=False, include_input=False)[0]
     # the tail of a location may be the tag of a union, which no client has written
-    place = [p for p in map(str, problem["loc"]) if p != "str" and not p.startswith("list[")]
-    name = ".".join(place)
+    place = [
+        p
+        for p in map(str, problem["loc"])
+        if p not in TAGS and not p.startswith(("list[", "dict[", "literal[", "constrained-"))
+    ]
+    name = ".".join(place)[:200]
     if problem["type"] == "missing":
         return RequestError(f"{name!r} is required", 400, "missing_parameter", name)
     if problem["type"] == "extra_forbidden":
         return RequestError(f"unknown field {name[:80]!r}", 400, "unknown_parameter", name[:80])
     said = problem["msg"][:1].lower() + problem["msg"][1:]
     return RequestError(f"{name}: {said}", 400, "invalid_value", name)
+
+
+def _most(limits: Limits) -> str:
+    return f"{limits.max_choices} answers a request (limits.max_choices)"
 
 
 def _bad(message: str, param: str) -> RequestError:

@@ -79,6 +79,10 @@ async def drive(
     return start["status"], dict(start["headers"]), body
 
 
+def called(arguments: str) -> dict[str, Any]:
+    return {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
 BAD = {
     "unknown field": ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
     "wrong type": ({"temperature": "hot"}, "temperature", "number"),
@@ -111,18 +115,60 @@ BAD = {
     ),
     "deep option": ({"stream_options": {"include": True}}, "stream_options.include", "unknown"),
     "model of a wrong type": ({"model": 3}, "model", "string"),
-    "n": ({"n": 2}, "n", "not supported yet"),
-    "n as bool": ({"n": True}, "n", "not supported yet"),
-    "tools": ({"tools": [{"type": "function"}]}, "tools", "not supported yet"),
-    "logprobs": ({"logprobs": True}, "logprobs", "not supported yet"),
-    "format": (
-        {"response_format": {"type": "json_object"}},
-        "response_format",
-        "not supported yet",
+    "n": ({"n": 0}, "n", "greater than or equal to 1"),
+    "many answers": ({"n": 33}, "n", "limits.max_choices"),
+    "n as bool": ({"n": True}, "n", "integer"),
+    "min_p": ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
+    "penalty": ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
+    "no repetition": ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+    "bias": ({"logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
+    "bias of a word": ({"logit_bias": {"the": 1}}, "logit_bias", "no token id"),
+    "bias of no token": ({"logit_bias": {"258": 1}}, "logit_bias", "outside 0..257"),
+    "much bias": (
+        {"logit_bias": {str(n): 1 for n in range(1025)}},
+        "logit_bias",
+        "at most 1024",
     ),
-    "penalty": ({"presence_penalty": 0.5}, "presence_penalty", "not supported yet"),
+    "stop id": ({"stop_token_ids": [258]}, "stop_token_ids", "outside 0..257"),
+    "stop ids": ({"stop_token_ids": [1] * 65}, "stop_token_ids", "at most 64"),
+    "min_tokens": ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "more than max_tokens=4"),
+    "urgent": ({"priority": -1}, "priority", "limits.min_priority"),
+    "logprobs": ({"logprobs": 1}, "logprobs", "boolean"),
+    "top without logprobs": ({"top_logprobs": 1}, "top_logprobs", "needs logprobs"),
+    "many logprobs": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
+    "legacy functions": ({"functions": [{}]}, "functions", "not supported yet"),
+    "continued": (
+        {"continue_final_message": True},
+        "continue_final_message",
+        "text of the assistant",
+    ),
+    "no content": ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
+    "null content": (
+        {"messages": [{"role": "assistant", "content": None}]},
+        "messages.0.content",
+        "required",
+    ),
+    "calls of a user": (
+        {"messages": [{"role": "user", "content": "", "tool_calls": [called("{}")]}]},
+        "messages.0.tool_calls",
+        "only an assistant",
+    ),
+    "arguments": (
+        {"messages": [{"role": "assistant", "tool_calls": [called("[1]")]}]},
+        "messages.0.tool_calls.0.function.arguments",
+        "JSON object",
+    ),
+    "result of nothing": (
+        {"messages": [{"role": "tool", "content": "1"}]},
+        "messages.0.tool_call_id",
+        "required",
+    ),
     "T-22 template": ({"chat_template": "x"}, "chat_template", "unknown"),
-    "T-22 template arguments": ({"chat_template_kwargs": {}}, "chat_template_kwargs", "unknown"),
+    "T-22 template arguments": (
+        {"chat_template_kwargs": {"documents": "x"}},
+        "chat_template_kwargs.documents",
+        "limits.template_kwargs",
+    ),
     "T-26 salt": ({"cache_salt": "x"}, "cache_salt", "unknown"),
     "T-20 embeddings": ({"prompt_embeds": "x"}, "prompt_embeds", "unknown"),
 }
@@ -151,8 +197,10 @@ BAD_COMPLETIONS = {
     "foreign id": ({"prompt": [9999]}, "prompt", "outside 0..257"),
     "huge id": ({"prompt": [10**30]}, "prompt", "0 or more"),
     "empty text": ({"prompt": ""}, "prompt", "no token"),
-    "echo": ({"prompt": "a", "echo": True}, "echo", "not supported yet"),
-    "logprobs": ({"prompt": "a", "logprobs": 0}, "logprobs", "not supported yet"),
+    "nothing": ({"prompt": "a", "max_tokens": 0}, "max_tokens", "for echo"),
+    "logprobs": ({"prompt": "a", "logprobs": 21}, "logprobs", "less than or equal to 20"),
+    "true logprobs": ({"prompt": "a", "logprobs": True}, "logprobs", "integer"),
+    "answers": ({"prompt": ["a"] * 16, "n": 3}, "n", "limits.max_choices"),
     "best_of": ({"prompt": "a", "best_of": 3}, "best_of", "not supported yet"),
     "no chat here": ({"prompt": "a", "messages": HI}, "messages", "unknown"),
 }
@@ -191,6 +239,7 @@ async def test_neutral_values_of_fields_to_come_are_accepted(gate: Stack) -> Non
     nothing = dict.fromkeys(NEUTRAL)
     neutral = {
         **{"n": 1, "logit_bias": {}, "tools": [], "response_format": {"type": "text"}},
+        **{"tool_choice": "none", "parallel_tool_calls": False, "use_beam_search": False},
         **{"user": "me", "metadata": {"a": "b"}, "store": True, "logprobs": False},
     }
     for fields in (nothing, neutral, {"temperature": None, "max_tokens": None, "stop": None}):
@@ -620,13 +669,15 @@ async def test_SC25_usage_and_finish_reasons_stream_as_plain(gate: Stack, case: 
         "prompt_tokens": 21,
         "completion_tokens": tokens,
         "total_tokens": 21 + tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     answer = await gate.chat(stream=True, stream_options={"include_usage": True}, **fields)
     lines = [json.loads(e[6:]) for e in answer.text.split("\n\n") if e and e != "data: [DONE]"]
     deltas = [line["choices"][0] for line in lines if line["choices"]]
     assert "".join(d["delta"].get("content", "") for d in deltas) == text
     assert [d["finish_reason"] for d in deltas if d["finish_reason"]] == [finish]
-    assert lines[-1]["usage"] == plain["usage"]
+    cached = {"prompt_tokens_details": {"cached_tokens": 20}}
+    assert lines[-1]["usage"] == {**plain["usage"], **cached}, "all but the last were there"
 
 
 async def test_SC27_prompts_as_text_lists_and_ids(gate: Stack) -> None:

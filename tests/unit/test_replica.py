@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cluster.errors import EngineError, ReleaseError, UnknownModel
 from cluster.library.store import Library
 from cluster.text.chat import ChatText
-from serve_apps.answers import answer
+from serve_apps.answers import Reading, answer
 from serve_apps.calls import Call, Event, Refusal
 from serve_apps.config import Fake, ModelConfig
 from serve_apps.engine.fake import FakeEngine
@@ -115,7 +115,8 @@ def test_SC21_SC22_any_cut_of_the_tokens_gives_the_same_answer(
         parts = [tuple(ids[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
         chunks = [Chunk("c", part) for part in parts] + [Chunk("c", (), "stop")]
         stream = Script(chunks)
-        events = [e async for e in answer(0, stream, TEXT.stream(), "v", 1, stops)]
+        reading = Reading(TEXT.stream(), stops)
+        events = [e async for e in answer(0, stream, reading, "v", 1)]
         assert all("\ufffd" not in event.text for event in events)
         text = "".join(event.text for event in events)
         return text, events[-1].finish, events[-1].completion_tokens, stream.closed
@@ -130,7 +131,7 @@ def test_SC21_SC22_any_cut_of_the_tokens_gives_the_same_answer(
 async def test_SC26_a_stream_that_ends_without_a_reason_is_an_error() -> None:
     broken: Stream = Script([Chunk("c", (65,))])
     with pytest.raises(EngineError, match="without a reason"):
-        [e async for e in answer(0, broken, TEXT.stream(), "v", 1, ())]
+        [e async for e in answer(0, broken, Reading(TEXT.stream()), "v", 1)]
 
 
 EDGES = {
