@@ -1,6 +1,7 @@
 """Penalties for what was said already, from counts that grow by one token a step.
 
-Shapes: S places of a pool that grows with demand, R rows of a step, V tokens of the vocabulary.
+Shapes: S places of a pool that grows with demand, R rows of a step, U distinct tokens of prompt
+and answer. A step touches those tokens of the logits and no others.
 """
 
 from __future__ import annotations
@@ -27,21 +28,27 @@ class Penalised(NamedTuple):
 
 
 class _Place:
-    """Where a request's counts lie, and how many tokens of its answer are in them."""
+    """Where a request's tokens lie, and how many of its answer are counted."""
 
-    __slots__ = ("counted", "index")
+    __slots__ = ("columns", "counted", "index")
 
     def __init__(self, index: int) -> None:
         self.index, self.counted = index, 0
+        self.columns: dict[int, int] = {}
+        """Of each token that was said, the column that counts it."""
+
+    def column(self, token: int) -> int:
+        return self.columns.setdefault(token, len(self.columns))
 
 
 class Penalties:
-    """Token counts of the requests that want them, on the device; empty until one does."""
+    """What requests with penalties have said, on the device; empty until there is one."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._device, self._vocab_size = device, vocab_size
-        self._counts_SV = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
-        self._prompts_SV = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+        self._ids_SU = torch.zeros(0, 64, dtype=torch.long, device=device)
+        self._counts_SU = torch.zeros(0, 64, dtype=torch.float32, device=device)
+        """How often in the answer; 0 for what stands in the prompt alone."""
         self._free: list[int] = []
         self._places: dict[str, _Place] = {}
 
@@ -55,69 +62,78 @@ class Penalties:
         if (place := self._places.pop(request_id, None)) is not None:
             self._free.append(place.index)
 
-    def apply(
-        self,
-        logits_RV: torch.Tensor,
-        rows: Sequence[Penalised],
-    ) -> None:
+    def apply(self, logits_BV: torch.Tensor, rows: Sequence[Penalised]) -> None:
         """Penalise in place the logits of ``rows``.
 
         Repetition as in CTRL (Keskar et al., 2019), over prompt and answer; then frequency and
         presence over the answer, as OpenAI's interface defines them.
         """
-        if not rows:
-            return
         places = self._count(rows)
-        at = torch.tensor([row.at for row in rows], device=self._device)
-        index = torch.tensor([place.index for place in places], device=self._device)
-        rules = [row.rule for row in rows]
-        values = torch.tensor(
-            [[r.repetition_penalty, r.frequency_penalty, r.presence_penalty] for r in rules],
+        if not (most := max((len(place.columns) for place in places), default=0)):
+            return
+        kept = [n for n, place in enumerate(places) if place.columns]
+        table = torch.tensor(
+            [[rows[n].at, places[n].index, len(places[n].columns)] for n in kept],
+            device=self._device,
+        )
+        rules = torch.tensor(
+            [
+                [r.repetition_penalty, r.frequency_penalty, r.presence_penalty]
+                for r in (rows[n].rule for n in kept)
+            ],
             dtype=torch.float32,
             device=self._device,
         )
-        repetition, frequency, presence = (values[:, n, None] for n in range(3))
-        part = logits_RV[at]
-        counts = self._counts_SV[index]
-        seen = self._prompts_SV[index] | (counts > 0)
-        scaled = torch.where(part < 0, part * repetition, part / repetition)
-        part = torch.where(seen, scaled, part)
-        part -= frequency * counts
-        part -= presence * (counts > 0)
-        logits_RV[at] = part
+        at, index, size = (table[:, n, None] for n in range(3))
+        repetition, frequency, presence = (rules[:, n, None] for n in range(3))
+        # shorter rows repeat their first token: writing the same value twice changes nothing
+        columns = torch.arange(most, device=self._device)
+        columns = columns.masked_fill(columns >= size, 0)
+        ids_RU, counts_RU = self._ids_SU[index, columns], self._counts_SU[index, columns]
+        part = logits_BV[at, ids_RU]
+        part = torch.where(part < 0, part * repetition, part / repetition)
+        part -= frequency * counts_RU
+        part -= presence * (counts_RU > 0)
+        logits_BV[at, ids_RU] = part
 
     def _count(self, rows: Sequence[Penalised]) -> list[_Place]:
         """Bring the counts up to each row's answer; as a rule one token each is new."""
-        places = [self._place(row) for row in rows]
-        new = list[tuple[int, int]]()
+        new = list[tuple[int, int, int, int]]()
+        places = [self._place(row, new) for row in rows]
         for row, place in zip(rows, places, strict=True):
-            fresh = row.answered - place.counted
-            if fresh < 0:  # a step was taken back
-                self._counts_SV[place.index] = 0
-                fresh = row.answered
-            new += [(place.index, token) for token in row.ids[len(row.ids) - fresh :]]
+            said = row.ids[len(row.ids) - (row.answered - place.counted) :]
+            new += ((place.index, place.column(i), i, 1) for i in said)
             place.counted = row.answered
         if new:
-            index = torch.tensor(new, device=self._device).T
-            ones = torch.ones(len(new), dtype=torch.int32, device=self._device)
-            self._counts_SV.index_put_((index[0], index[1]), ones, accumulate=True)
+            self._widen(max(column for _, column, _, _ in new) + 1)
+            index, column, ids, ones = torch.tensor(new, device=self._device).unbind(1)
+            self._ids_SU[index, column] = ids
+            self._counts_SU.index_put_((index, column), ones.float(), accumulate=True)
         return places
 
-    def _place(self, row: Penalised) -> _Place:
-        if (known := self._places.get(row.request_id)) is not None:
+    def _place(self, row: Penalised, new: list[tuple[int, int, int, int]]) -> _Place:
+        known = self._places.get(row.request_id)
+        if known is not None and known.counted <= row.answered:
             return known
+        self.forget(row.request_id)  # a step was taken back: count again
         if not self._free:
-            self._grow()
+            self._lengthen()
         place = self._places[row.request_id] = _Place(self._free.pop())
-        self._counts_SV[place.index] = 0
-        self._prompts_SV[place.index] = False
-        said = torch.tensor(sorted(set(row.prompt_ids)), dtype=torch.long, device=self._device)
-        self._prompts_SV[place.index, said] = True
+        self._counts_SU[place.index] = 0
+        if row.rule.repetition_penalty != 1:
+            prompt = dict.fromkeys(i for i in row.prompt_ids if i < self._vocab_size)
+            new += ((place.index, place.column(i), i, 0) for i in prompt)
         return place
 
-    def _grow(self) -> None:
-        had = len(self._counts_SV)
+    def _lengthen(self) -> None:
+        had = len(self._ids_SU)
         more = max(8, had)
-        self._counts_SV = F.pad(self._counts_SV, (0, 0, 0, more))
-        self._prompts_SV = F.pad(self._prompts_SV, (0, 0, 0, more))
+        self._ids_SU = F.pad(self._ids_SU, (0, 0, 0, more))
+        self._counts_SU = F.pad(self._counts_SU, (0, 0, 0, more))
         self._free += range(had, had + more)
+
+    def _widen(self, columns: int) -> None:
+        if (more := columns - self._ids_SU.shape[1]) > 0:
+            more = max(more, self._ids_SU.shape[1])
+            self._ids_SU = F.pad(self._ids_SU, (0, more))
+            self._counts_SU = F.pad(self._counts_SU, (0, more))

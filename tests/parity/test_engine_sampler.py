@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from serve_apps.engine.draws import draw, probabilities, uniform
+from serve_apps.engine.draws import choose, draw, kept, probabilities, uniform
 from serve_apps.engine.interface import Logprob, Sampling
 from serve_apps.engine.sampler import Picker, prompt_logprobs, sample
 
@@ -93,6 +93,28 @@ def test_rows_equal_transformers_processors_sc15(rule: Sampling) -> None:
     ours = probabilities(logits.clone(), rules)
     torch.testing.assert_close(ours[[1, 3]], reference[[1, 3]], rtol=1e-4, atol=1e-7)
     assert torch.equal(ours[[1, 3]] > 0, reference[[1, 3]] > 0)
+    for row, wanted_row in zip(logits, reference, strict=True):
+        on_host = dense(row, rule)
+        torch.testing.assert_close(on_host, wanted_row, rtol=1e-4, atol=1e-7)
+        assert torch.equal(on_host > 0, wanted_row > 0)
+
+
+def dense(row_V: torch.Tensor, rule: Sampling) -> torch.Tensor:
+    """Return the distribution that a row in host memory is drawn from."""
+    ids, weights = kept(row_V.numpy(), rule)
+    probs = torch.zeros(len(row_V))
+    probs[slice(None) if ids is None else torch.from_numpy(ids)] = torch.from_numpy(weights)
+    return probs / probs.sum()
+
+
+def test_host_and_device_draw_the_same_tokens() -> None:
+    logits = torch.randn(300, 1001, generator=_generator())
+    for rule in (Sampling(0.8), Sampling(1.2, 0.9, 50), Sampling(1.0, min_p=0.05)):
+        numbers = [uniform(3, i) for i in range(len(logits))]
+        probs = probabilities(logits, [rule] * len(logits))
+        theirs = draw(probs, torch.tensor(numbers, dtype=torch.float64)).tolist()
+        ours = [choose(row.numpy(), rule, u) for row, u in zip(logits, numbers, strict=True)]
+        assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= 1, "rounding only"
 
 
 def test_greedy_rows_beside_warm_ones_take_the_best() -> None:
@@ -106,7 +128,10 @@ def test_greedy_rows_beside_warm_ones_take_the_best() -> None:
 def test_the_last_uniform_still_finds_a_token() -> None:
     probs = torch.softmax(torch.randn(3, 1001, generator=_generator()), -1)
     probs[:, -1] = 0
-    ends = draw(probs, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64))
+    numbers = [0.0, 0.5, 1 - 2**-53]
+    ends = draw(probs, torch.tensor(numbers, dtype=torch.float64))
+    for row, number in zip(probs, numbers, strict=True):
+        assert float(row[choose(row.log().numpy(), Sampling(1.0), number)]) > 0
     assert all(0 <= int(i) < 1001 and float(probs[r, i]) > 0 for r, i in enumerate(ends))
 
 
@@ -190,7 +215,7 @@ def test_each_row_equals_transformers_over_its_whole_history_sc15() -> None:
             if RULES[name].temperature == 0:
                 torch.testing.assert_close(adjusted[i], wanted)
             else:
-                ours = probabilities(adjusted[i : i + 1], [RULES[name]])[0]
+                ours = dense(adjusted[i], RULES[name])
                 torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-7)
                 assert torch.equal(ours > 0, wanted > 0)
             answers[name].append(made.choice([0, 1, 2, made.randrange(VOCAB)]))
@@ -206,7 +231,7 @@ def test_many_requests_share_the_places_of_those_that_ended() -> None:
         assert (first[0].token, again[0].token) == (5, 0)
         picker.forget(str(n))
         picker.forget(str(n))
-    assert len(picker._penalties._counts_SV) == 8
+    assert len(picker._penalties._counts_SU) == 8
 
 
 def test_what_the_vocabulary_does_not_have_harms_nobody() -> None:
