@@ -201,11 +201,24 @@ def _source(grammar: Grammar) -> str:
     if grammar.kind == "regex":
         return str(LLMatcher.grammar_from_regex(grammar.text))
     if grammar.kind == "lark":
-        if "%json" in grammar.text:
-            raise ValueError("%json has no place in a grammar; send the schema as response_format")
-        return str(LLMatcher.grammar_from_lark(grammar.text))
+        return str(LLMatcher.grammar_from_lark(_bounded(grammar.text)))
     schema = _schema(grammar.text)
     return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS))
+
+
+def _bounded(lark: str) -> str:
+    """Return a grammar whose embedded schemas keep the bounds of those that stand alone."""
+    out, at = "", 0
+    while (found := lark.find("%json", at)) >= 0:
+        begin = found + len("%json")
+        begin += len(lark[begin:]) - len(lark[begin:].lstrip())
+        try:
+            value, end = json.JSONDecoder().raw_decode(lark, begin)
+        except (ValueError, RecursionError):
+            raise ValueError("what follows %json is no JSON") from None
+        schema = {**_schema(json.dumps(value)), "x-guidance": JSON_OPTIONS}
+        out, at = f"{out}{lark[at:begin]}{json.dumps(schema)}", end
+    return out + lark[at:]
 
 
 def _schema(text: str) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from serve_apps.tools.forms import END_TAG, TAG, Form
 
 MAX_CALLS = 16
 """Calls of one answer where a grammar counts them."""
+MAX_CHARS = 30_000
+"""Of a grammar with schemas in it."""
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -46,7 +48,8 @@ def forced(tools: Tools) -> Grammar:
 def strict(tools: Tools, form: Form) -> Grammar | None:
     """Return a grammar of text with calls in it, if a tool is strict and the form has tags.
 
-    Tools that are not strict get any object as arguments.
+    Tools that are not strict get any object as arguments. None as well where the schemas together
+    are more than a grammar may hold.
     """
     if not any(f.get("strict") for f in tools.functions) or (TAG, END_TAG) not in form.marks:
         return None
@@ -62,7 +65,8 @@ def strict(tools: Tools, form: Form) -> Grammar | None:
         r"TEXT: /(.|\n)*/",
         *rules,
     ]
-    return Grammar("lark", "\n".join(text) + "\n")
+    whole = "\n".join(text) + "\n"
+    return Grammar("lark", whole) if len(whole) <= MAX_CHARS else None
 
 
 def _begin(name: str) -> str:

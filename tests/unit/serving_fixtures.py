@@ -24,6 +24,8 @@ from cluster.text.stream import BYTE_OF
 from serve_apps.calls import Call, Event, Refusal
 from serve_apps.config import Fake, Limits, ModelConfig
 from serve_apps.engine.fake import FakeEngine
+from serve_apps.engine.interface import EngineRequest
+from serve_apps.engine.stream import TokenStream
 from serve_apps.gateway.app import make_app
 from serve_apps.release_policy import Served
 from serve_apps.replica import Replica
@@ -39,11 +41,20 @@ TEMPLATE = (
 )
 
 
-def write_model(directory: Path, mark: str = "a") -> Path:
-    """Write a model directory: one token per byte, a ChatML template, one tensor of one number."""
+def write_model(
+    directory: Path,
+    mark: str = "a",
+    template: str = TEMPLATE,
+    more: Sequence[str] = (),
+    generation: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a model directory: one token per byte, a ChatML template, one tensor of one number.
+
+    ``more`` are further special tokens, from id 258 on.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     char_of = {byte: char for char, byte in BYTE_OF.items()}
-    specials = ["<|im_start|>", "<|im_end|>"]
+    specials = ["<|im_start|>", "<|im_end|>", *more]
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -89,7 +100,8 @@ def write_model(directory: Path, mark: str = "a") -> Path:
     }
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    (directory / "chat_template.jinja").write_text(template)
+    (directory / "generation_config.json").write_text(json.dumps(dict(generation or {})))
     config = {"model_type": "llama", "max_position_embeddings": 4096, "mark": mark}
     (directory / "config.json").write_text(json.dumps(config))
     head = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
@@ -145,7 +157,7 @@ class Stack:
 
     app: FastAPI
     client: httpx.AsyncClient
-    engine: FakeEngine
+    engine: RecordingEngine
     replica: Replica
     backend: LocalBackend
     keys: OneKey
@@ -169,17 +181,45 @@ def one_version() -> Library:
     return library
 
 
+@cache
+def another(template: str, more: tuple[str, ...] = (), generation: str = "{}") -> Library:
+    """Return a library whose ``tiny@1`` has a template and special tokens of its own."""
+    place = Path(tempfile.mkdtemp(prefix="rh-unit-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    library = Library(place / "library")
+    source = write_model(place / "src", "a", template, more, json.loads(generation))
+    library.publish("tiny", source, Facts())
+    return library
+
+
+class RecordingEngine(FakeEngine):
+    """A fake that remembers what it was asked."""
+
+    def __init__(self, config: Fake, says: Sequence[int] | None = None) -> None:
+        super().__init__(config, says)
+        self.asked: list[EngineRequest] = []
+
+    def generate(self, request: EngineRequest, version: str | None = None) -> TokenStream:
+        self.asked.append(request)
+        return super().generate(request, version)
+
+
 @asynccontextmanager
 async def stack(
     says: str | Sequence[int] | None = "All aboard!",
     limits: Limits | None = None,
+    library: Library | None = None,
+    model: Mapping[str, Any] | None = None,
     **fake: Any,
 ) -> AsyncIterator[Stack]:
-    """Serve ``tiny@1``; ``says`` is what it answers, then its end-of-turn token."""
-    library = one_version()
+    """Serve ``tiny@1``; ``says`` is what it answers, then its end-of-turn token.
+
+    ``model`` are further fields of its configuration.
+    """
+    library = library or one_version()
     ids = [*says.encode(), IM_END] if isinstance(says, str) else says
-    config = ModelConfig(model="tiny", engine=Fake(kind="fake", **fake), drain_s=1)
-    engine = FakeEngine(config.engine, says=ids)  # type: ignore[arg-type]
+    config = ModelConfig(model="tiny", engine=Fake(kind="fake", **fake), drain_s=1, **(model or {}))
+    engine = RecordingEngine(config.engine, says=ids)  # type: ignore[arg-type]
     replica = Replica(config, engine, library)
     await replica.start()
     served = {"tiny": Served("tiny", "champion", ("tiny@1",), ("tiny@1",), {"champion": 1}, 7)}
