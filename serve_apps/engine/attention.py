@@ -1,124 +1,79 @@
 """Our attention, which transformers' model code calls through its AttentionInterface.
 
 Shapes: T packed tokens of a step, H query heads, N key/value heads, G = H/N, E width of a head,
-C slots, S positions of a slot, K positions that are read.
+R rows (requests) of a step, P blocks of the cache, S = 16 positions of a block, B blocks of a
+row's table, K positions that are read, t tokens of one row.
 
 All tokens of a step lie in one row; the linear layers see one matrix. Attention alone must know
-whose token is whose: each request reads its own slot and no further than its own length, so the
-cost is linear in each request's length whatever the mix. Decoding requests in neighbouring slots
-and of similar length share one batched product, which saves the call overhead of each.
+whose token is whose: each request reads the blocks of its own table and no further than its own
+length, so the cost is linear in each request's length whatever the mix.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from cluster.errors import EngineError
 from serve_apps.engine.kv_cache import KVCache
-from serve_apps.engine.plan import Row, StepPlan
+from serve_apps.engine.plan import StepPlan, blocks_for, table
+from serve_apps.engine.torch_attention import TorchPlan, attend_rows
 
 NAME = "roundhouse"
-BATCH_WASTE = 1.5
-"""A batched product may read this many times what its requests need."""
-BATCH_LENGTH = 512
-"""Beyond this a request is work enough for a call of its own."""
-UNSUPPORTED = ("softcap", "s_aux")
 _current = threading.local()
 
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Tokens ``t0:t1`` of the row: positions ``start:end`` of the request in ``slot``."""
-
-    t0: int
-    t1: int
-    slot: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Decoding requests ``t0:t1`` in slots from ``slot`` on, none longer than ``length``."""
-
-    t0: int
-    t1: int
-    slot: int
-    length: int
-    mask_B1K: torch.Tensor
-    """0 or -inf; B = requests x N."""
+Kernel = Callable[..., torch.Tensor]
+"""Does what `attend_torch` does, with its arguments."""
 
 
 @dataclass(slots=True)
 class AttentionPlan:
-    """What every layer of one step needs to know; made once a step."""
+    """What every layer of one step needs to know; made once a step.
+
+    The tables are int32 on the CPU, contiguous, so that a kernel can be handed their addresses.
+    """
 
     cache: KVCache
-    rows: torch.Tensor
-    runs: list[Run]
-    segments: list[Segment]
+    tables_RB: torch.Tensor
+    """Block tables; what lies beyond a row's own length is padding."""
+    starts_R: torch.Tensor
+    """Position of each row's first token."""
+    counts_R: torch.Tensor
+    """Tokens of each row."""
+    t0_R: torch.Tensor
+    """Where each row's tokens begin among the T."""
+    kernel: Kernel | None = None
+    """Computes instead of `attend_torch` where one is set."""
     layers_called: list[int] = field(default_factory=list)
-    masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
+    _torch: TorchPlan | None = None
+
+    @property
+    def for_torch(self) -> TorchPlan:
+        """How the torch path lays this step out; made when it is first asked for."""
+        if self._torch is None:
+            self._torch = TorchPlan(
+                self.cache, self.tables_RB, self.starts_R, self.counts_R, self.t0_R
+            )
+        return self._torch
 
 
 def plan(step: StepPlan, cache: KVCache) -> AttentionPlan:
-    """Lay out ``step``: where each token's key goes, and who is computed together."""
-    slots, positions = list[int](), list[int]()
-    segments = list[Segment]()
+    """Lay out ``step`` for all layers."""
+    width = max(blocks_for(row.end) for row in step.rows)
+    padded, starts, counts, t0 = list[bytes](), list[int](), list[int](), [0]
     for row in step.rows:
-        t0 = len(slots)
-        slots += [row.slot] * len(row.ids)
-        positions += range(row.start, row.end)
-        segments.append(Segment(t0, len(slots), row.slot, row.start, row.end))
-    runs = list[Run]()
-    alone = segments[step.decoding :]
-    for group in _groups(step.rows[: step.decoding]):
-        first, last = group.start, group.stop
-        if last - first == 1:
-            alone.append(segments[first])
-            continue
-        runs.append(_run(segments[first:last], cache))
-    rows = cache.rows(torch.tensor(slots), torch.tensor(positions))
-    return AttentionPlan(cache, rows, runs, alone)
-
-
-def _groups(decode: Sequence[Row]) -> list[range]:
-    """Cut decoding requests, in slot order, where a slot is missing or lengths differ much."""
-    groups = list[range]()
-    first = longest = total = 0
-    for i, row in enumerate(decode):
-        length = row.end
-        fits = (
-            i > first
-            and row.slot == decode[i - 1].slot + 1
-            and max(longest, length) <= BATCH_LENGTH
-            and max(longest, length) * (i + 1 - first) <= BATCH_WASTE * (total + length)
-        )
-        if not fits:
-            if i > first:
-                groups.append(range(first, i))
-            first, longest, total = i, 0, 0
-        longest, total = max(longest, length), total + length
-    if decode:
-        groups.append(range(first, len(decode)))
-    return groups
-
-
-def _run(segments: Sequence[Segment], cache: KVCache) -> Run:
-    lengths = torch.tensor([s.end for s in segments])
-    longest = int(lengths.max())
-    geometry = cache.geometry
-    mask = torch.zeros(len(segments), longest, dtype=geometry.dtype)
-    mask.masked_fill_(torch.arange(longest) >= lengths[:, None], float("-inf"))
-    mask_B1K = mask.repeat_interleave(geometry.kv_heads, dim=0)[:, None].to(cache.device)
-    return Run(segments[0].t0, segments[-1].t1, segments[0].slot, longest, mask_B1K)
+        padded.append(table(row.blocks)[:width].tobytes().ljust(4 * width, b"\0"))
+        starts.append(row.start)
+        counts.append(len(row.ids))
+        t0.append(t0[-1] + len(row.ids))
+    tables_RB = torch.frombuffer(bytearray(b"".join(padded)), dtype=torch.int32).view(-1, width)
+    starts_R, counts_R, t0_R = torch.tensor([starts, counts, t0[:-1]], dtype=torch.int32)
+    return AttentionPlan(cache, tables_RB, starts_R, counts_R, t0_R)
 
 
 @contextmanager
@@ -140,6 +95,8 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **extras: Any,
 ) -> tuple[torch.Tensor, None]:
     """Store this layer's keys and values, attend each request to its own; ``[1, T, H, E]``.
@@ -150,100 +107,35 @@ def attend(
     plan: AttentionPlan | None = getattr(_current, "plan", None)
     if plan is None:
         raise EngineError("attention was called outside of a step")
-    if odd := [name for name in UNSUPPORTED if extras.get(name) is not None]:
-        raise EngineError(f"its attention uses {', '.join(odd)}")
     if extras.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise EngineError("its attention is not causal")
+    if odd := [name for name in ("position_bias", "alibi") if extras.get(name) is not None]:
+        raise EngineError(f"its attention uses {', '.join(odd)}")
     layer = int(module.layer_idx)
     plan.layers_called.append(layer)
-    key_CNSE, value_CNSE = plan.cache.layers_CNSE[layer]
-    width = query.shape[-1]
-    key_CNSE.view(-1, width).index_copy_(0, plan.rows, key.reshape(-1, width))
-    value_CNSE.view(-1, width).index_copy_(0, plan.rows, value.reshape(-1, width))
-    scale = width**-0.5 if scaling is None else scaling
-    out_THE = query.new_empty(query.shape[2], query.shape[1], width)
-    segments = plan.segments
-    for run in plan.runs:
-        if sliding_window is not None and run.length > sliding_window:
-            segments = segments + [
-                Segment(t, t + 1, run.slot + t - run.t0, end - 1, end)
-                for t, end in zip(range(run.t0, run.t1), _lengths(run, plan), strict=True)
-            ]
-            continue
-        out_THE[run.t0 : run.t1] = _attend_run(run, query, key_CNSE, value_CNSE, scale)
-    for segment in segments:
-        out_HTE = _attend_one(segment, plan, query, key_CNSE, value_CNSE, scale, sliding_window)
-        out_THE[segment.t0 : segment.t1] = out_HTE.transpose(0, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    compute = plan.kernel or attend_torch
+    out_THE = compute(plan, layer, query, key, value, scale, sliding_window, softcap, s_aux)
     return out_THE[None], None
 
 
-def _lengths(run: Run, plan: AttentionPlan) -> list[int]:
-    heads = plan.cache.geometry.kv_heads
-    return [int(n) for n in (run.mask_B1K[::heads, 0] == 0).sum(dim=-1).tolist()]
-
-
-def _attend_run(
-    run: Run, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> torch.Tensor:
-    heads, (_, kv_heads, slot_len, width) = query.shape[1], key.shape
-    batch = (run.t1 - run.t0) * kv_heads
-    first = run.slot * kv_heads
-    # The query heads that share a key head stand below each other: no key is repeated.
-    query_BGE = query[0, :, run.t0 : run.t1].transpose(0, 1).reshape(batch, -1, width)
-    key_BKE = key.view(-1, slot_len, width)[first : first + batch, : run.length]
-    value_BKE = value.view(-1, slot_len, width)[first : first + batch, : run.length]
-    scores = torch.baddbmm(run.mask_B1K, query_BGE, key_BKE.transpose(1, 2), alpha=scale)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.bmm(weights, value_BKE).view(-1, heads, width)
-
-
-def _attend_one(
-    segment: Segment,
+def attend_torch(
     plan: AttentionPlan,
+    layer: int,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     scale: float,
     window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return ``[H, t, E]`` of one request's tokens."""
-    count, end = segment.t1 - segment.t0, segment.end
-    begin = 0 if window is None else max(0, segment.start + 1 - window)
-    key_1NKE = key[segment.slot : segment.slot + 1, :, begin:end]
-    value_1NKE = value[segment.slot : segment.slot + 1, :, begin:end]
-    if count == 1:
-        # One token sees all that is read: query heads stand in as rows, without a mask.
-        query_1NGE = query[:, :, segment.t0].reshape(1, key.shape[1], -1, query.shape[-1])
-        out = F.scaled_dot_product_attention(query_1NGE, key_1NKE, value_1NKE, scale=scale)
-        return out.reshape(query.shape[1], 1, query.shape[-1])
-    fresh = segment.start == 0 and (window is None or end <= window)
-    out = F.scaled_dot_product_attention(
-        query[:, :, segment.t0 : segment.t1],
-        key_1NKE,
-        value_1NKE,
-        attn_mask=None if fresh else _causal(segment, begin, window, plan, query.device),
-        is_causal=fresh,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out[0]
+    """Store keys and values in their blocks, then attend; ``[T, H, E]``.
 
-
-def _causal(
-    segment: Segment,
-    begin: int,
-    window: int | None,
-    plan: AttentionPlan,
-    device: torch.device,
-) -> torch.Tensor:
-    """Mask ``[t, K]`` of a prompt chunk over what came before it; kept for the other layers."""
-    name = (segment.t0, segment.t1, window)
-    if name not in plan.masks:
-        at = torch.arange(segment.start, segment.end, device=device)[:, None]
-        seen = torch.arange(begin, segment.end, device=device)
-        mask = seen <= at
-        plan.masks[name] = mask if window is None else mask & (at - seen < window)
-    return plan.masks[name]
+    ``window``: each token sees itself and so many less one before it. ``softcap`` bounds scores
+    by a tanh (Gemma 2). ``sinks`` ``[H]``: one more score for each head, without a value.
+    """
+    return attend_rows(plan.for_torch, layer, query, key, value, scale, window, softcap, sinks)
 
 
 def register() -> None:

@@ -9,6 +9,7 @@ from serve_apps.engine.rank import Rank
 
 if TYPE_CHECKING:
     from serve_apps.engine.kv_cache import KVCache
+    from serve_apps.engine.model import LoadedModel
 
 
 class Follower(Rank):
@@ -27,4 +28,10 @@ class Follower(Rank):
                 return
 
     def _cache_made(self, cache: KVCache) -> None:
-        """Its slots are rank 0's to hand out."""
+        """Its blocks are rank 0's to hand out."""
+
+    def _loaded(self, version: str, model: LoadedModel) -> None:
+        """Rank 0 says when it is computed."""
+
+    def _dropped(self, version: str) -> None:
+        """Leave the blocks as they are: rank 0 knows what they hold."""

@@ -1,7 +1,7 @@
-"""Where keys and values lie: one contiguous slot a request, bounded when it is made.
+"""Where keys and values lie: blocks of a few tokens, as many as config and memory allow.
 
-Shapes: L layers, C slots, N key/value heads, S positions of a slot, E width of a head.
-The scheduler decides who holds which slot; this module only knows how large they are.
+Shapes: L layers, P blocks, N key/value heads, E width of a head, S = 16 positions of a block.
+Who holds which block is rank 0's business (`paging.py`); this module only knows how large they are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from cluster.errors import NotEnough
+from serve_apps.engine.plan import BLOCK, blocks_for
 
 FREE_MEMORY_SHARE = 0.8
 """Of what is free once the weights are in; the rest is for activations and the neighbours."""
@@ -34,6 +35,11 @@ class Geometry:
         """Bytes of one token's keys and values in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * int(self.dtype.itemsize)
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all layers."""
+        return BLOCK * self.token_bytes
+
 
 def free_bytes(device: torch.device) -> int:
     """Return what the device (or the host) has free, in bytes."""
@@ -42,53 +48,54 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def fit_slots(
-    geometry: Geometry, slot_len: int, wanted: int, cache_tokens: int | None, free: int
+def fit_blocks(
+    geometry: Geometry, length: int, concurrent: int, cache_tokens: int | None, free: int
 ) -> int:
-    """Return how many slots of ``slot_len`` tokens the cache gets, at most ``wanted``.
+    """Return how many blocks the cache gets.
 
-    ``cache_tokens`` is a promise: NotEnough when it does not fit ``free`` bytes. Without it the
-    cache shrinks to what fits, says so, and NotEnough is raised when not even one slot does.
+    ``cache_tokens`` is a promise: NotEnough when it does not fit ``free`` bytes. Without it
+    ``concurrent`` requests of ``length`` tokens are wanted; fewer blocks will do, and say so, for
+    requests rarely grow to the end all at once. NotEnough is raised when not even one would fit.
     """
-    if cache_tokens is not None:
-        wanted = min(wanted, cache_tokens // slot_len)
-    fits = int(free * FREE_MEMORY_SHARE) // (slot_len * geometry.token_bytes)
-    if fits >= wanted:
+    least = blocks_for(length)
+    wanted = concurrent * least if cache_tokens is None else blocks_for(cache_tokens)
+    fits = int(free * FREE_MEMORY_SHARE) // geometry.block_bytes
+    if fits >= wanted >= least:
         return wanted
-    need = wanted * slot_len * geometry.token_bytes
+    need = wanted * geometry.block_bytes
     text = (
-        f"{wanted} slots of {slot_len} tokens take {need / 2**30:.2f} GiB of KV cache and "
+        f"a KV cache of {wanted * BLOCK} tokens takes {need / 2**30:.2f} GiB and "
         f"{free / 2**30:.2f} GiB are free (a fifth stays for the rest)"
     )
-    if fits == 0 or cache_tokens is not None:
-        raise NotEnough(f"{text}; lower max_model_len, max_concurrent or cache_tokens")
-    log.warning("%s: running %d requests at once instead of %d", text, fits, wanted)
+    if min(fits, wanted) < least or cache_tokens is not None:
+        raise NotEnough(
+            f"{text}; one request of max_model_len={length} needs {least * BLOCK} tokens: lower "
+            "max_model_len, max_concurrent or cache_tokens"
+        )
+    log.warning("%s: it gets %d tokens", text, fits * BLOCK)
     return fits
 
 
 class KVCache:
-    """Keys and values of all layers, ``[C, N, S, E]`` each.
+    """Keys ``[P, N, E, S]`` and values ``[P, N, S, E]`` of each layer, contiguous.
 
-    Zeros, not garbage: attention over neighbouring slots reads past a request's end under a mask,
-    and a NaN there would survive the mask. The pages are touched only when they are written.
+    Keys lie transposed inside their block: a query's product with all of a block's keys then
+    runs along memory. Zeros, not garbage: what is read under a mask must be no NaN. The pages are
+    touched only when they are written.
     """
 
-    def __init__(self, geometry: Geometry, slots: int, slot_len: int, device: torch.device) -> None:
-        self.geometry, self.slots, self.slot_len, self.device = geometry, slots, slot_len, device
-        shape = (slots, geometry.kv_heads, slot_len, geometry.head_dim)
-        self.layers_CNSE = [
-            tuple(torch.zeros(shape, dtype=geometry.dtype, device=device) for _ in "kv")
+    def __init__(self, geometry: Geometry, blocks: int, device: torch.device) -> None:
+        self.geometry, self.blocks, self.device = geometry, blocks, device
+        heads, width, dtype = geometry.kv_heads, geometry.head_dim, geometry.dtype
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [
+            (
+                torch.zeros((blocks, heads, width, BLOCK), dtype=dtype, device=device),
+                torch.zeros((blocks, heads, BLOCK, width), dtype=dtype, device=device),
+            )
             for _ in range(geometry.layers)
         ]
-        # Row of (slot, head, position) when a layer is seen as [C*N*S, E]: slot and head part.
-        self._head_row_N = torch.arange(geometry.kv_heads, dtype=torch.int64) * slot_len
 
     @property
     def tokens(self) -> int:
-        """Tokens that fit in all slots together."""
-        return self.slots * self.slot_len
-
-    def rows(self, slots_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-        """Return where T tokens go, head-major ``[N*T]``, in a layer seen as ``[C*N*S, E]``."""
-        first_T = slots_T * (self.geometry.kv_heads * self.slot_len) + positions_T
-        return (self._head_row_N[:, None] + first_T).reshape(-1).to(self.device)
+        """Tokens that fit in all blocks together."""
+        return self.blocks * BLOCK

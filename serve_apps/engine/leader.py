@@ -5,16 +5,24 @@ from __future__ import annotations
 import logging
 import secrets
 import socket
+import time
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from serve_apps.engine.interface import Sampling
+from cluster.errors import EngineError
 from serve_apps.engine.rank import Rank
-from serve_apps.engine.scheduler import Running, Scheduler, Step
-from serve_apps.engine.wire import RankSpec
+from serve_apps.engine.scheduler import Picked, Running, Scheduler, Step
+from serve_apps.engine.wire import RankSpec, Told, unpack_sampling
 
 if TYPE_CHECKING:
+    import torch
+
+    from serve_apps.engine.grammar import Grammars, Matcher
+    from serve_apps.engine.interface import Logprob
     from serve_apps.engine.kv_cache import KVCache
+    from serve_apps.engine.model import LoadedModel
+    from serve_apps.engine.sampler import Picker
 
 IDLE_S = 1.0
 """The followers hear from rank 0 this often, so that their wait for it can be short."""
@@ -25,19 +33,23 @@ log = logging.getLogger(__name__)
 
 
 class Leader(Rank):
-    """The loop's thread hands out slots and picks tokens; nobody else does."""
+    """The loop's thread hands out blocks and picks tokens; nobody else does."""
 
     def __init__(self, spec: RankSpec, sock: socket.socket) -> None:
         super().__init__(spec, sock)
         self._scheduler: Scheduler | None = None
+        self._pickers: dict[str, Picker] = {}
+        self._grammars: dict[str, Grammars] = {}
         self._releases: deque[dict[str, Any]] = deque()
         self._failed_steps = 0
+        self._checked = True  # nothing has moved since the accounts were checked
         # Alone there is nobody to tell that nothing happens
         self._idle_s = min(IDLE_S, spec.step_timeout_s / 4) if spec.num_ranks > 1 else None
 
     def _loop(self) -> None:
         while True:
             todo = self._next()
+            self._tell_expired()
             if isinstance(todo, Step):
                 self._run_step(todo)
             elif todo is None:
@@ -55,69 +67,95 @@ class Leader(Rank):
             while not self._stopping:
                 if self._releases:
                     return self._releases.popleft()
-                if self._scheduler and (step := self._scheduler.next_step()):
-                    self._steps = step.number
-                    return step
+                if scheduler := self._scheduler:
+                    if step := scheduler.next_step(time.monotonic()):
+                        self._steps, self._checked = step.number, False
+                        return step
+                    if scheduler.expired:
+                        return {"t": "idle"}
+                    if not self._checked:
+                        scheduler.check()
+                        self._checked = True
                 if not self._changed.wait(self._idle_s):
                     return {"t": "idle"}
         return None
 
+    def _tell_expired(self) -> None:
+        if self._scheduler is None or not self._scheduler.expired:
+            return
+        with self._changed:
+            late, self._scheduler.expired = self._scheduler.expired, []
+            self._forget(late)
+        self._send({"t": "step", "n": self._steps, "out": [], "expired": late})
+
     def _run_step(self, step: Step) -> None:
         assert self._scheduler
         try:
-            tokens = self._compute(step)
+            picked, scores = self._compute(step)
         except Exception:
             log.exception("step %d failed", step.number)
             if self._group.size > 1:
                 raise  # the others stand somewhere else in this step now
             with self._changed:
                 failed = self._scheduler.fail(step)
+                self._forget(failed)
             why = "the engine failed while it computed this answer; its log says why"
-            self._send_step(step, [[i, [], "error", why] for i in failed])
+            self._send_step([Told(i, (), "error", why) for i in failed])
             self._failed_steps += 1
             if self._failed_steps >= MAX_FAILED_STEPS:
                 raise
             return
         self._failed_steps = 0
         with self._changed:
-            outputs = self._scheduler.complete(step, tokens)
-        self._send_step(step, [[o.request_id, o.token_ids, o.finish, None] for o in outputs])
+            outputs = self._scheduler.complete(step, picked, scores)
+            self._forget([o.request_id for o in outputs if o.finish])
+        self._send_step(outputs)
 
-    def _compute(self, step: Step) -> list[int]:
-        from serve_apps.engine import sampler
-
+    def _compute(self, step: Step) -> tuple[Sequence[Picked], list[list[Logprob]]]:
         plan = step.plan()
-        self._group.send(plan.pack())
+        if self._group.size > 1:
+            self._group.send(plan.pack())
         logits = self._forward(plan, sampling=True)
-        picks = step.sampling
-        if not picks:
-            return []
-        return sampler.sample(
-            logits,
-            [r.sampling for r in picks],
-            [r.seed for r in picks],
-            [r.answered for r in picks],
-        )
+        return pick(step, logits, self._pickers[step.version])
 
-    def _send_step(self, step: Step, out: list[list[Any]]) -> None:
-        self._send({"t": "step", "n": step.number, "out": out})
+    def _send_step(self, out: Sequence[Told]) -> None:
+        self._send({"t": "step", "n": self._steps, "out": [told.pack() for told in out]})
 
     def _cache_made(self, cache: KVCache) -> None:
-        self._scheduler = Scheduler(cache.slots, self._spec.max_batch_tokens)
+        spec = self._spec
+        self._scheduler = Scheduler(
+            cache.blocks, spec.max_batch_tokens, spec.max_concurrent, spec.prefix_cache
+        )
+
+    def _loaded(self, version: str, model: LoadedModel) -> None:
+        from serve_apps.engine.grammar import Grammars
+        from serve_apps.engine.sampler import Picker
+
+        self._pickers[version] = Picker(model.vocab_size, model.device)
+        self._grammars[version] = Grammars(str(model.directory))
+
+    def _dropped(self, version: str) -> None:
+        self._pickers.pop(version, None)
+        self._grammars.pop(version, None)
+        if self._scheduler:
+            self._scheduler.forget(version)
+
+    def _forget(self, request_ids: Sequence[str]) -> None:
+        """Drop what sampling remembers of requests that have ended."""
+        for picker in self._pickers.values():
+            for request_id in request_ids:
+                picker.forget(request_id)
 
     # The reader's thread
 
     def _handle(self, message: dict[str, Any]) -> None:
         kind = message["t"]
         if kind == "admit":
-            with self._changed:
-                assert self._scheduler
-                self._scheduler.add(_running(message))
-                self._changed.notify_all()
+            self._admit(message)
         elif kind == "abort":
             with self._changed:
-                if self._scheduler:
-                    self._scheduler.abort(message["id"])
+                if self._scheduler and self._scheduler.abort(message["id"]):
+                    self._forget([message["id"]])
                 self._changed.notify_all()
         elif kind == "release":
             self._release(message)
@@ -127,6 +165,31 @@ class Leader(Rank):
             self._stop()
         else:
             super()._handle(message)
+
+    def _admit(self, message: dict[str, Any]) -> None:
+        request, matcher = _running(message), None
+        if request.sampling.grammar is not None:
+            try:
+                matcher = self._matcher(request)
+            except EngineError as error:
+                self._send_step([Told(request.request_id, (), "error", str(error))])
+                return
+        with self._changed:
+            assert self._scheduler
+            self._pickers[request.version].add(
+                request.request_id,
+                message["prompt"],
+                request.sampling,
+                request.seed,
+                request.stop_ids,
+                matcher,
+            )
+            self._scheduler.add(request)
+            self._changed.notify_all()
+
+    def _matcher(self, request: Running) -> Matcher:
+        assert request.sampling.grammar is not None
+        return self._grammars[request.version].matcher(request.sampling.grammar)
 
     def _release(self, message: dict[str, Any]) -> None:
         version = message["version"]
@@ -147,23 +210,53 @@ class Leader(Rank):
             return {
                 "running": len(scheduler.running),
                 "waiting": len(scheduler.waiting),
-                "cache_tokens_used": scheduler.cached_tokens,
+                "cache_tokens_used": scheduler.held_tokens,
                 "cache_tokens_total": self._cache.tokens if self._cache else 0,
                 "prompt_tokens": scheduler.prompt_tokens,
                 "generated_tokens": scheduler.generated,
                 "finished": scheduler.finished,
                 "aborted": scheduler.aborted,
+                "cached_prompt_tokens": scheduler.cached_prompt_tokens,
+                "preemptions": scheduler.preemptions,
+                "expired": scheduler.expiries,
             }
 
 
+def pick(
+    step: Step, logits_BV: torch.Tensor, picker: Picker
+) -> tuple[Sequence[Picked], list[list[Logprob]]]:
+    """Return the next tokens of ``step.sampling`` and the scores of ``step.scoring``."""
+    from serve_apps.engine import sampler
+
+    scores = []
+    if step.scoring:
+        last, at = list[int](), 0
+        for work in step.work:
+            if work.scored:
+                top = work.request.sampling.prompt_logprobs or 0
+                rows = logits_BV[at : at + work.scored]
+                scores.append(sampler.prompt_logprobs(rows, work.targets, top))
+            at += work.logits
+            if work.samples:
+                last.append(at - 1)
+        logits_BV = logits_BV[last]
+    asked = [(r.request_id, r.answered, r.ids) for r in step.sampling]
+    return picker.pick(logits_BV, asked) if asked else [], scores
+
+
 def _running(message: dict[str, Any]) -> Running:
-    temperature, top_p, top_k, seed = message["sampling"]
+    sampling, now = unpack_sampling(message["sampling"]), time.monotonic()
+    within = message["deadline_s"]
     return Running(
         request_id=message["id"],
         version=message["version"],
-        ids=message["prompt"],
+        ids=list(message["prompt"]),
         max_tokens=message["max_tokens"],
-        sampling=Sampling(temperature, top_p, top_k),
-        seed=secrets.randbits(64) if seed is None else seed,
+        sampling=sampling,
+        seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
         stop_ids=frozenset(message["stop"]),
+        priority=message["priority"],
+        salt=message["salt"],
+        added_at=now,
+        deadline=None if within is None else now + within,
     )

@@ -11,10 +11,8 @@ from safetensors import SafetensorError
 
 from cluster.errors import EngineError, RoundhouseError
 from serve_apps.engine import attention, packing, tensor_parallel
-from serve_apps.engine.interface import Sampling
 from serve_apps.engine.kv_cache import Geometry, KVCache
-from serve_apps.engine.plan import StepPlan
-from serve_apps.engine.scheduler import Running, Scheduler
+from serve_apps.engine.plan import Row, StepPlan, blocks_for
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far our logits may be from the model's own, relative to their largest; rounding only."""
@@ -49,7 +47,7 @@ class LoadedModel:
     def forward(
         self, plan: StepPlan, attending: attention.AttentionPlan, sampling: bool = True
     ) -> torch.Tensor:
-        """Compute one step as planned; return logits ``[B, vocab]`` of the rows that sample.
+        """Compute one step as planned; return the logits ``[B, vocab]`` that its rows want.
 
         A rank that does not sample (``sampling=False``) leaves the output head out where it can.
         """
@@ -57,8 +55,7 @@ class LoadedModel:
         for row in plan.rows:
             ids += row.ids
             positions += range(row.start, row.end)
-            if row.samples:
-                last.append(len(ids) - 1)
+            last += range(len(ids) - row.logits, len(ids))
         if not last:
             last = [len(ids) - 1]  # a chunk inside a prompt: one row is computed and dropped
         if not sampling and not self._head_is_shared:
@@ -96,7 +93,7 @@ class LoadedModel:
             raise self._refused(f"its forward takes no {', '.join(sorted(missing))}")
         if self._ranks > 1:
             self._group = tensor_parallel.make_local(self._module, step_timeout_s)
-        length = min(11, self.context or 11)
+        length = min(41, self.context or 41)  # several blocks
         ids = [(7 * i + 1) % self.vocab_size for i in range(length)]
         row = torch.tensor([ids], device=self.device)
         with torch.inference_mode():
@@ -110,34 +107,29 @@ class LoadedModel:
             raise self._refused(
                 f"our attention was called for layers {called} of {self.geometry.layers}"
             )
-        # Row 0 is a lone token, row 1 the whole text in two chunks beside it.
+        # Row 0 is a lone token, row 1 the last one of the whole text, which came in chunks.
         wanted = reference[[0, length - 1]]
         apart = float((ours - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
         if not apart <= TOLERANCE[self.dtype]:
             raise self._refused(f"its logits differ by {apart:.1e} from its own attention's")
 
     def _probe_logits(self, ids: list[int]) -> tuple[torch.Tensor, list[int]]:
-        half = len(ids) // 2
-        cache = KVCache(self.geometry, 2, len(ids) + 1, self.device)
-        scheduler = Scheduler(2, half)
-        rows = dict[str, torch.Tensor]()
-        called = list[int]()
-        for name, prompt in (("first", ids[:1]), ("whole", list(ids))):
-            scheduler.add(Running(name, "", prompt, 1, Sampling(), 0))
+        count, half = blocks_for(len(ids)), len(ids) // 2
+        cache = KVCache(self.geometry, count + 1, self.device)
+        blocks = list(range(count, 0, -1))
+        chunks = [Row(blocks, 0, ids[:half], 0), Row(blocks, half, ids[half:-1], 0)]
+        steps = [[chunk] for chunk in chunks if chunk.ids]
+        steps += [[Row([0], 0, ids[:1], 1), Row(blocks, len(ids) - 1, ids[-1:], 1)]]
         try:
-            while step := scheduler.next_step():
-                plan = step.plan()
+            for n, rows in enumerate(steps):
+                plan = StepPlan(n, "", 0, tuple(rows))
                 attending = attention.plan(plan, cache)
                 logits = self.forward(plan, attending)
-                called = attending.layers_called
-                for request, row in zip(step.sampling, logits, strict=False):
-                    rows[request.request_id] = row.float()
-                scheduler.complete(step, [0] * len(step.sampling))
         except RoundhouseError as error:
             raise self._refused(str(error)) from None
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise self._refused(f"it failed under our attention: {error}") from error
-        return torch.stack([rows["first"], rows["whole"]]), called
+        return logits.float(), attending.layers_called
 
     def _refused(self, why: str) -> EngineError:
         return EngineError(

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+BLOCK = 16
+"""Tokens of one cache block: small enough that prompts which begin alike share most of it."""
+
+
+def blocks_for(tokens: int) -> int:
+    """Return how many blocks ``tokens`` tokens take."""
+    return -(-tokens // BLOCK)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Tokens ``ids`` of one request, from position ``start`` on, into its cache ``slot``."""
+    """Tokens ``ids`` of one request, from position ``start`` on."""
 
-    slot: int
+    blocks: Sequence[int]
+    """The request's block table; it covers positions 0 to ``end`` - 1, and may cover more."""
     start: int
     ids: Sequence[int]
-    samples: bool
-    """Whether the logits after the last of them are wanted."""
+    logits: int
+    """Of so many of the last tokens the logits are wanted."""
 
     @property
     def end(self) -> int:
@@ -30,16 +40,22 @@ class StepPlan:
     number: int
     version: str
     decoding: int
-    """So many rows come first, one token each, in slot order; prompt chunks follow."""
+    """So many rows come first, one token each; prompt chunks follow."""
     rows: tuple[Row, ...]
 
     def pack(self) -> dict[str, Any]:
         """Return plain data for the other ranks; ``unpack`` is its inverse."""
-        rows = [(r.slot, r.start, list(r.ids), r.samples) for r in self.rows]
+        # Tables travel as bytes: they are most of the message and nobody looks into them.
+        rows = [(table(r.blocks).tobytes(), r.start, list(r.ids), r.logits) for r in self.rows]
         return {"t": "step", "n": self.number, "v": self.version, "d": self.decoding, "r": rows}
 
     @classmethod
     def unpack(cls, message: dict[str, Any]) -> StepPlan:
         """Return the plan that ``pack`` turned into ``message``."""
-        rows = tuple(Row(*row) for row in message["r"])
+        rows = tuple(Row(array("i", blocks), *rest) for blocks, *rest in message["r"])
         return cls(message["n"], message["v"], message["d"], rows)
+
+
+def table(blocks: Sequence[int]) -> array[int]:
+    """Return a block table as machine integers; one that already is comes back as it is."""
+    return blocks if isinstance(blocks, array) else array("i", blocks)

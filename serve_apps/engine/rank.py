@@ -45,6 +45,7 @@ class Rank(ABC):
         self._changed = threading.Condition()  # guards what the loop and the reader both touch
         self._models: dict[str, LoadedModel] = {}
         self._cache: KVCache | None = None
+        self._max_len = 0  # tokens of the longest request, once there is a cache
         self._stopping = self._ended = False
         self._steps = 0
         self._jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -123,6 +124,7 @@ class Rank(ABC):
         """Forget a version between two steps."""
         with self._changed:
             model = self._models.pop(version, None)
+            self._dropped(version)
         if model is not None:
             model.close()
             del model
@@ -186,19 +188,20 @@ class Rank(ABC):
         cache = self._cache
         if cache is None or not self._models:
             cache = group.all_or_none(lambda: self._make_cache(model, length))
-        elif cache.geometry != model.geometry or length < cache.slot_len:
+        elif cache.geometry != model.geometry or length < self._max_len:
             raise EngineError(
                 f"{version} has another shape ({model.geometry}, context {length}) than what "
-                f"this engine serves ({cache.geometry}, {cache.slot_len}); deploy it by itself"
+                f"this engine serves ({cache.geometry}, {self._max_len}); deploy it by itself"
             )
         with self._changed:
             if cache is not self._cache:
-                self._cache = cache
+                self._cache, self._max_len = cache, length
                 self._cache_made(cache)
             self._models[version] = model
+            self._loaded(version, model)
         return {
-            "max_model_len": cache.slot_len,
-            "max_concurrent": cache.slots,
+            "max_model_len": self._max_len,
+            "max_concurrent": spec.max_concurrent,
             "dtype": str(model.dtype).removeprefix("torch."),
             "vocab_size": model.vocab_size,
             "weight_bytes": model.weight_bytes,
@@ -208,15 +211,23 @@ class Rank(ABC):
     def _cache_made(self, cache: KVCache) -> None:
         """Take note of a new cache, under the lock."""
 
+    @abstractmethod
+    def _loaded(self, version: str, model: LoadedModel) -> None:
+        """Take note of a version that can be computed now, under the lock."""
+
+    @abstractmethod
+    def _dropped(self, version: str) -> None:
+        """Take note of a version that is gone, under the lock."""
+
     def _make_cache(self, model: LoadedModel, length: int) -> KVCache:
-        from serve_apps.engine.kv_cache import KVCache, fit_slots, free_bytes
+        from serve_apps.engine.kv_cache import KVCache, fit_blocks, free_bytes
 
         spec = self._spec
         free = free_bytes(self._device)
         if self._device.type == "cpu":
             free //= spec.num_ranks  # all of them share this machine's memory
-        slots = fit_slots(model.geometry, length, spec.max_concurrent, spec.cache_tokens, free)
-        return KVCache(model.geometry, self._group.least(slots), length, self._device)
+        blocks = fit_blocks(model.geometry, length, spec.max_concurrent, spec.cache_tokens, free)
+        return KVCache(model.geometry, self._group.least(blocks), self._device)
 
     # Sending, from any thread
 

@@ -1,75 +1,50 @@
 """Who computes what in the next step. Pure: no torch, no clock, no thread.
 
 A step runs one version's weights over a packed row of tokens: one token of each decoding request
-first, then chunks of the oldest prompts, in all at most ``max_batch_tokens``. A request holds one
-slot of the cache from its first chunk to its end.
+first, then chunks of the oldest prompts, in all at most ``max_batch_tokens``. A request starts
+when the cache has blocks for all of its tokens so far. While it answers it takes one block after
+the other; when there is none left, the request of least rank gives up its own and waits at the
+head of the queue. Most of what it had computed is found again there, so little is lost.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
+from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Protocol
 
-from serve_apps.engine.interface import FinishReason, Sampling
-from serve_apps.engine.plan import Row, StepPlan
+from serve_apps.engine.interface import FinishReason, Logprob, PromptInfo
+from serve_apps.engine.paging import Paging, Running
+from serve_apps.engine.plan import BLOCK, Row, StepPlan, blocks_for
+from serve_apps.engine.wire import Told
 
+__all__ = ["Picked", "Running", "Scheduler", "Step", "Work"]
 
-class SlotPool:
-    """Which cache slots are free; the lowest goes first, so that neighbours stay neighbours."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self._free = list(range(total))
-        self._held = set[int]()
-
-    @property
-    def free(self) -> int:
-        """Slots that nobody holds."""
-        return len(self._free)
-
-    def take(self) -> int:
-        """Hand out the lowest free slot."""
-        slot = heapq.heappop(self._free)
-        self._held.add(slot)
-        return slot
-
-    def give_back(self, slot: int) -> None:
-        """Take a slot back; a slot that is not held is our bug."""
-        self._held.remove(slot)
-        heapq.heappush(self._free, slot)
-
-    def check(self) -> None:
-        """Every slot is either free or held, and exactly once."""
-        assert len(self._free) + len(self._held) == self.total
-        assert self._held.isdisjoint(self._free)
+MAX_SCORED = 256
+"""Prompt tokens of one step whose logits are all wanted: whole vocabularies of each are held."""
+_rank = attrgetter("rank")
 
 
-@dataclass(slots=True, eq=False)
-class Running:
-    """One request on its way: prompt and answer so far, and how much of both is in the cache."""
-
-    request_id: str
-    version: str
-    ids: list[int]
-    max_tokens: int
-    sampling: Sampling
-    seed: int
-    stop_ids: frozenset[int] = frozenset()
-    prompt_len: int = field(init=False)
-    cached: int = 0
-    slot: int = -1
-    last_step: int = -1
-    ended: bool = False
-
-    def __post_init__(self) -> None:
-        self.prompt_len = len(self.ids)
+class Picked(Protocol):
+    """What the sampler chose for one request."""
 
     @property
-    def answered(self) -> int:
-        """Tokens of the answer so far."""
-        return len(self.ids) - self.prompt_len
+    def token(self) -> int:
+        """The next token."""
+
+    @property
+    def logprob(self) -> Logprob | None:
+        """Its log-probability, if that was asked for."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer is complete with this token."""
+
+    @property
+    def error(self) -> str | None:
+        """Why the answer cannot go on; the token is void then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +55,24 @@ class Work:
     start: int
     count: int
     samples: bool
-    """Whether these reach the end of what is known, so that a next token can be picked."""
+    """Whether a token is picked after the last of them."""
+    blocks: Sequence[int]
+    """The request's table when the step was composed: an abort may empty it meanwhile."""
+    logits: int
+    """Of so many of the last tokens the logits are wanted."""
+    scored: int = 0
+    """The first so many of these score prompt tokens."""
+
+    @property
+    def targets(self) -> list[int]:
+        """The prompt tokens that are scored."""
+        at = self.request.unscored + 1
+        return self.request.ids[at : at + self.scored]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass: ``decode`` in slot order (one token each), then prompt chunks."""
+    """One forward pass: ``decode`` (one token each), then prompt chunks."""
 
     number: int
     version: str
@@ -102,56 +89,71 @@ class Step:
         """The requests that get a token, in packed order."""
         return [w.request for w in self.work if w.samples]
 
+    @property
+    def scoring(self) -> list[Work]:
+        """The rows with prompt tokens to score, in packed order."""
+        return [w for w in self.prefill if w.scored]
+
     def plan(self) -> StepPlan:
         """Return what every rank needs in order to compute this step."""
         rows = tuple(
-            Row(w.request.slot, w.start, w.request.ids[w.start : w.start + w.count], w.samples)
+            Row(w.blocks, w.start, w.request.ids[w.start : w.start + w.count], w.logits)
             for w in self.work
         )
         return StepPlan(self.number, self.version, len(self.decode), rows)
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What one step gave one request."""
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    finish: FinishReason | None
-
-
 class Scheduler:
-    """First come, first served; decoding first; versions take turns, least recently run first."""
+    """By priority, then first come, first served; decoding first; versions take turns."""
 
-    def __init__(self, slots: int, max_batch_tokens: int) -> None:
-        self.slots = SlotPool(slots)
-        self.max_batch_tokens = max_batch_tokens
-        self.waiting = deque[Running]()
+    def __init__(
+        self, blocks: int, max_batch_tokens: int, max_running: int, prefix_cache: bool = True
+    ) -> None:
+        self.paging = Paging(blocks, prefix_cache)
+        self.max_batch_tokens, self.max_running = max_batch_tokens, max_running
+        self.waiting: list[Running] = []
+        """In the order of rank."""
         self.running: list[Running] = []
+        """In the order in which they started."""
+        self.expired: list[str] = []
+        """Requests whose deadline passed before they started, to be told and cleared by you."""
         self.steps = 0
-        self.prompt_tokens = self.generated = self.finished = self.aborted = 0
+        self.prompt_tokens = self.cached_prompt_tokens = self.generated = 0
+        self.finished = self.aborted = self.preemptions = self.expiries = 0
         self._by_id: dict[str, Running] = {}
+        self._arrivals = 0
+        self._deadlines = 0  # waiting requests that have one
         self._version_step: dict[str, int] = {}
 
     @property
-    def cached_tokens(self) -> int:
-        """Tokens whose keys and values lie in held slots."""
-        return sum(r.cached for r in self.running)
+    def held_tokens(self) -> int:
+        """Positions of the blocks that requests hold."""
+        return self.paging.pool.held * BLOCK
 
     def add(self, request: Running) -> None:
-        """Queue a request; it starts when a slot is free and all before it have started."""
+        """Queue a request; it must fit into the cache when it is there alone."""
         assert request.request_id not in self._by_id, "request ids are unique"
+        longest = len(request.ids) + max(request.max_tokens - 1, 0)  # the last is never read
+        assert blocks_for(longest) <= self.paging.pool.total, "checked at admission"
+        self._arrivals += 1
+        request.arrival = self._arrivals
         self._by_id[request.request_id] = request
-        self.waiting.append(request)
+        self._deadlines += request.deadline is not None
+        insort(self.waiting, request, key=_rank)
 
     def holds(self, version: str) -> bool:
         """Whether a request still needs this version's weights."""
         return any(r.version == version for r in self._by_id.values())
 
-    def abort(self, request_id: str) -> bool:
-        """Drop a request; its slot is free for the next step. False when it is unknown.
+    def forget(self, version: str) -> None:
+        """Forget what the cache knows of a version that no request needs any more."""
+        assert not self.holds(version)
+        self.paging.pool.forget(version)
 
-        Safe while a step is being computed: slots are handed out by ``next_step`` alone, so
+    def abort(self, request_id: str) -> bool:
+        """Drop a request; its blocks are free for the next step. False when it is unknown.
+
+        Safe while a step is being computed: blocks are handed out by ``next_step`` alone, so
         whatever the running step still writes there is overwritten before it is read.
         """
         request = self._by_id.get(request_id)
@@ -161,27 +163,20 @@ class Scheduler:
         self._end(request)
         return True
 
-    def next_step(self) -> Step | None:
-        """Compose the next step, or ``None`` when there is nothing to do."""
-        while self.waiting and self.slots.free:
-            request = self.waiting.popleft()
-            request.slot = self.slots.take()
-            self.running.append(request)
-        if not self.running:
+    def next_step(self, now: float = 0.0) -> Step | None:
+        """Compose the next step at the time ``now`` (seconds); ``None`` when nothing is to do."""
+        self._expire(now)
+        self._start(now)
+        while self.running:
+            version = min(
+                {r.version: None for r in self.running},  # a dict keeps the order of arrival
+                key=lambda v: self._version_step.get(v, -1),
+            )
+            decode, prefill = self._compose([r for r in self.running if r.version == version])
+            if decode or prefill:
+                break  # else all of the version's requests had to give up their blocks
+        else:
             return None
-        version = min(
-            {r.version: None for r in self.running},  # a dict keeps the order of arrival
-            key=lambda v: self._version_step.get(v, -1),
-        )
-        mine = [r for r in self.running if r.version == version]
-        decoding = [r for r in mine if r.answered]
-        # With more decoding requests than the budget those that waited longest go first, and one
-        # token stays for the oldest prompt: a stream of answers must not hold it up for ever.
-        decoding.sort(key=lambda r: r.last_step)
-        decoding = decoding[: self.max_batch_tokens - (len(decoding) < len(mine))]
-        decoding.sort(key=lambda r: r.slot)
-        decode = tuple(Work(r, r.cached, 1, True) for r in decoding)
-        prefill = self._chunks(mine, self.max_batch_tokens - len(decode))
         self.steps += 1
         alive = {r.version for r in self.running}
         self._version_step = {v: n for v, n in self._version_step.items() if v in alive}
@@ -190,21 +185,30 @@ class Scheduler:
             work.request.last_step = self.steps
         return Step(self.steps, version, decode, prefill)
 
-    def complete(self, step: Step, tokens: Sequence[int]) -> list[Output]:
-        """Book one computed step; ``tokens`` are the picked ids of ``step.sampling``, in order."""
-        picked = iter(tokens)
+    def complete(
+        self, step: Step, picked: Sequence[Picked], scores: Sequence[Sequence[Logprob]] = ()
+    ) -> list[Told]:
+        """Book one computed step.
+
+        ``picked`` is for ``step.sampling`` and ``scores`` for ``step.scoring``, in their order.
+        """
+        tokens, scored = iter(picked), iter(scores)
         outputs = []
         for work in step.work:
             request = work.request
-            token = next(picked) if work.samples else None
+            token = next(tokens) if work.samples else None
+            score = next(scored) if work.scored else ()
             if request.ended:  # aborted while the step was computed
                 continue
+            request.scores.extend(score)
             request.cached += work.count
-            if work.start < request.prompt_len:
-                self.prompt_tokens += work.count
+            self.paging.computed(request)
+            self._count_prompt(request)
             if token is not None:
                 outputs.append(self._append(request, token))
-        assert next(picked, None) is None, "one token for each request that samples"
+            elif request.max_tokens == 0 and request.cached == request.prompt_len:
+                outputs.append(self._output(request, (), "length"))
+        assert next(tokens, None) is None, "one token for each request that samples"
         return outputs
 
     def fail(self, step: Step) -> list[str]:
@@ -215,42 +219,155 @@ class Scheduler:
         return [r.request_id for r in failed]
 
     def check(self) -> None:
-        """Assert the accounting: slots and requests are held by exactly one another."""
-        self.slots.check()
-        assert self.slots.total - self.slots.free == len(self.running)
+        """Assert the accounting: blocks and requests are held by exactly one another."""
+        self.paging.check(self.running)
         assert len(self._by_id) == len(self.running) + len(self.waiting)
+        assert not any(r.blocks for r in self.waiting)
+        assert self.waiting == sorted(self.waiting, key=_rank)
+        assert self._deadlines == sum(
+            r.deadline is not None and r.started_at is None for r in self.waiting
+        )
 
-    def _chunks(self, mine: list[Running], budget: int) -> tuple[Work, ...]:
-        chunks = []
-        for request in mine:
-            if request.answered or budget == 0:
+    # Who starts
+
+    def _expire(self, now: float) -> None:
+        if not self._deadlines:
+            return
+        for request in self.waiting[:]:
+            late = request.deadline is not None and request.deadline <= now
+            if late and request.started_at is None:
+                self.expiries += 1
+                self.expired.append(request.request_id)
+                self._end(request)
+
+    def _start(self, now: float) -> None:
+        """Start requests by rank while there is room for them.
+
+        One that fits not holds up those behind it, else a large one would never start. One whose
+        beginning is being computed by another lets them pass: it needs nothing but time.
+        """
+        at = 0
+        while at < len(self.waiting) and len(self.running) < self.max_running:
+            request = self.waiting[at]
+            if self.paging.still_waits(request):
+                at += 1
                 continue
-            count = min(budget, request.prompt_len - request.cached)
-            budget -= count
-            ends = request.cached + count == request.prompt_len
-            chunks.append(Work(request, request.cached, count, ends))
+            found = self.paging.hits(request)
+            if self.paging.waits(request, found):
+                at += 1
+                continue
+            # Each that runs will soon want another block; to start now and stop then is for nothing
+            if not self.paging.fits(request, found, beside=len(self.running)):
+                return
+            del self.waiting[at]
+            self.running.append(request)
+            self.paging.start(request, found)
+            if request.started_at is None:
+                self._deadlines -= request.deadline is not None
+                request.started_at = now
+                request.hit_tokens = min(request.cached, request.prompt_len)
+                self.cached_prompt_tokens += request.hit_tokens
+                self._count_prompt(request)
+
+    # Who computes
+
+    def _compose(self, mine: list[Running]) -> tuple[tuple[Work, ...], tuple[Work, ...]]:
+        decoding = [r for r in mine if r.decodes]
+        # With more decoding requests than the budget those that waited longest go first, and one
+        # token stays for the oldest prompt: a stream of answers must not hold it up for ever. A
+        # budget of one token goes to the ones and the others by turns.
+        spare = int(len(decoding) < len(mine))
+        if self.max_batch_tokens == 1:
+            spare *= self.steps % 2
+        if len(decoding) > self.max_batch_tokens - spare:
+            decoding.sort(key=lambda r: r.last_step)
+            decoding = decoding[: self.max_batch_tokens - spare]
+        decode = tuple(Work(r, r.cached, 1, True, r.blocks, 1) for r in self._grown(decoding))
+        prompts = [r for r in mine if r.blocks and not r.decodes]
+        return decode, self._chunks(prompts, self.max_batch_tokens - len(decode))
+
+    def _grown(self, decoding: list[Running]) -> list[Running]:
+        """Give each the block that it needs; return those that have one, in order of start."""
+        needy = [r for r in decoding if r.cached == len(r.blocks) * BLOCK]
+        for request in sorted(needy, key=_rank):
+            while request.blocks and not self.paging.grow(request):
+                # Never one that has grown in this round: those are of higher rank.
+                self._preempt(max(self.running, key=_rank))
+        return [r for r in decoding if r.blocks] if needy else decoding
+
+    def _preempt(self, request: Running) -> None:
+        self.preemptions += 1
+        self.running.remove(request)
+        self.paging.drop(request)
+        insort(self.waiting, request, key=_rank)
+
+    def _chunks(self, prompts: list[Running], budget: int) -> tuple[Work, ...]:
+        chunks, scorable = list[Work](), MAX_SCORED
+        for request in prompts:
+            start = request.cached
+            count = min(budget, len(request.ids) - start)
+            first = max(start, request.unscored)
+            scored = max(0, min(start + count, request.prompt_len - 1) - first)
+            if scored > scorable:
+                count, scored = first + scorable - start, scorable
+            if count <= 0:
+                continue
+            budget, scorable = budget - count, scorable - scored
+            end = start + count
+            samples = end == len(request.ids) and request.max_tokens > 0
+            logits = end - first if scored else int(samples)
+            chunks.append(Work(request, start, count, samples, request.blocks, logits, scored))
         return tuple(chunks)
 
-    def _append(self, request: Running, token: int) -> Output:
+    # What came of it
+
+    def _append(self, request: Running, picked: Picked) -> Told:
+        if picked.error is not None:
+            return self._output(request, (), "error", picked.error)
         self.generated += 1
+        if picked.token in request.stop_ids:
+            return self._output(request, (), "stop")
+        request.ids.append(picked.token)
         finish: FinishReason | None = None
-        ids: tuple[int, ...] = ()
-        if token in request.stop_ids:
+        if picked.finished:
             finish = "stop"
-        else:
-            request.ids.append(token)
-            ids = (token,)
-            finish = "length" if request.answered == request.max_tokens else None
+        elif request.answered == request.max_tokens:
+            finish = "length"
+        logprobs = () if picked.logprob is None else (picked.logprob,)
+        return self._output(request, (picked.token,), finish, None, logprobs)
+
+    def _output(
+        self,
+        request: Running,
+        ids: tuple[int, ...],
+        finish: FinishReason | None,
+        error: str | None = None,
+        logprobs: tuple[Logprob, ...] = (),
+    ) -> Told:
+        prompt = None
+        if not request.told:
+            assert request.started_at is not None
+            queued_s = request.started_at - request.added_at
+            prompt = PromptInfo(request.hit_tokens, queued_s, tuple(request.scores))
+            request.told = True
         if finish:
-            self.finished += 1
+            self.finished += finish != "error"
             self._end(request)
-        return Output(request.request_id, ids, finish)
+        return Told(request.request_id, ids, finish, error, logprobs, prompt)
+
+    def _count_prompt(self, request: Running) -> None:
+        """Count prompt tokens once, however often they are computed."""
+        new = min(request.cached, request.prompt_len) - request.counted
+        if new > 0:
+            self.prompt_tokens += new
+            request.counted += new
 
     def _end(self, request: Running) -> None:
         request.ended = True
         del self._by_id[request.request_id]
-        if request.slot >= 0:
+        if request.blocks:
             self.running.remove(request)
-            self.slots.give_back(request.slot)
+            self.paging.drop(request)
         else:
             self.waiting.remove(request)
+            self._deadlines -= request.deadline is not None and request.started_at is None

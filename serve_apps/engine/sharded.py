@@ -20,13 +20,15 @@ from serve_apps.engine.hosts import ActorHost, Host, ProcessHost
 from serve_apps.engine.interface import Engine, EngineInfo, EngineRequest, EngineStats, Sampling
 from serve_apps.engine.ranks import Message, Ranks
 from serve_apps.engine.stream import Answer, TokenStream, check_request, check_room
-from serve_apps.engine.wire import RankSpec
+from serve_apps.engine.wire import RankSpec, Told, pack_request
 
 CALL_TIMEOUT_S = 10.0
 """For what the rank's reader answers without computing."""
 HEALTH_TIMEOUT_S = 20.0
 RETRY_AFTER_S = 10
 """What a client is told while the replica is rebuilt."""
+FIRST = -(2**62)
+"""The priority of a health probe: it goes before all that wait."""
 NO_STATS = {
     "running": 0,
     "waiting": 0,
@@ -36,6 +38,9 @@ NO_STATS = {
     "generated_tokens": 0,
     "finished": 0,
     "aborted": 0,
+    "cached_prompt_tokens": 0,
+    "preemptions": 0,
+    "expired": 0,
 }
 
 
@@ -167,7 +172,8 @@ class ShardedEngine(Engine):
         asked_at = time.monotonic()
         if self._answers and asked_at - self._token_at < 1.0:
             return  # it generates right now; a probe would only wait behind the others
-        probe = EngineRequest(f"health-{asked_at}", (0,), 1, Sampling(temperature=0.0))
+        rules = Sampling(temperature=0.0)
+        probe = EngineRequest(f"health-{asked_at}", (0,), 1, rules, priority=FIRST)
         stream = self._admit(probe, None)
         try:
             async with asyncio.timeout(bound):
@@ -192,18 +198,8 @@ class ShardedEngine(Engine):
             raise RequestError(f"{version} is not loaded", 404, "model_not_found", "model")
         if request.request_id in self._answers:
             raise RequestError(f"request id {request.request_id} is in use", 409, "conflict")
-        answer, s = Answer(request, version), request.sampling
-        self._ranks.send(
-            {
-                "t": "admit",
-                "id": request.request_id,
-                "version": version,
-                "prompt": request.prompt_ids,
-                "max_tokens": request.max_tokens,
-                "sampling": (s.temperature, s.top_p, s.top_k, _unsigned(s.seed)),
-                "stop": request.stop_ids,
-            }
-        )
+        answer = Answer(request, version)
+        self._ranks.send(pack_request(request, version))
         if not self._answers:
             self._ranks.moved_at = time.monotonic()  # from now on the ranks owe us steps
         self._answers[request.request_id] = answer
@@ -231,11 +227,15 @@ class ShardedEngine(Engine):
 
     def _step(self, message: Message) -> None:
         self._token_at = time.monotonic()
-        for request_id, ids, finish, error in message["out"]:
-            if request_id not in self._answers:
+        for said in message["out"]:
+            told = Told.unpack(said)
+            if told.request_id not in self._answers:
                 continue  # aborted here while the ranks computed
-            answer = self._end(request_id) if finish else self._answers[request_id]
-            answer.push(tuple(ids), finish, error)
+            answer = self._end(told.request_id) if told.finish else self._answers[told.request_id]
+            answer.push(told.token_ids, told.finish, told.error, told.logprobs, told.prompt)
+        for request_id in message.get("expired", ()):
+            if request_id in self._answers:
+                self._end(request_id).fail(_too_late())
 
     def _lose(self, lost: Exception) -> None:
         """Fail all that waits; the replica is rebuilt by whoever sees the health check."""
@@ -252,6 +252,10 @@ class ShardedEngine(Engine):
             raise EngineError(f"{version} is not loaded; loaded: {sorted(self._versions)}")
 
 
-def _unsigned(seed: int | None) -> int | None:
-    """Fold any integer into the 64 bits that msgpack carries and the generator takes."""
-    return None if seed is None else seed & (2**64 - 1)
+def _too_late() -> RequestError:
+    return RequestError(
+        "the request waited past its deadline and was not started; try again later",
+        504,
+        "deadline_exceeded",
+        retry_after_s=RETRY_AFTER_S,
+    )

@@ -8,18 +8,29 @@ before a byte of it is kept.
     front → rank 0      admit, abort, release, stats, stop
     each rank → front   hello (once), beat (each second), reply
     rank 0 → front      step (one a step, all requests)
+
+Fields that are seldom used (sampling rules, log-probabilities) are left out where they say
+nothing: most frames of a decoding step carry one id a request.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import msgpack
 
 from cluster.errors import EngineError
+from serve_apps.engine.interface import (
+    EngineRequest,
+    FinishReason,
+    Grammar,
+    Logprob,
+    PromptInfo,
+    Sampling,
+)
 
 MAX_FRAME_BYTES = 32 * 2**20
 """A prompt of a million tokens takes five of these 32 MiB."""
@@ -47,6 +58,7 @@ class RankSpec:
     max_concurrent: int
     max_batch_tokens: int
     cache_tokens: int | None
+    prefix_cache: bool
     threads: int | None
     start_timeout_s: float
     step_timeout_s: float
@@ -58,6 +70,79 @@ def pack(message: dict[str, Any]) -> bytes:
     if len(body) > MAX_FRAME_BYTES:
         raise EngineError(f"a frame of {len(body)} bytes exceeds {MAX_FRAME_BYTES}")
     return HEADER.pack(len(body)) + bytes(body)
+
+
+def pack_request(request: EngineRequest, version: str) -> dict[str, Any]:
+    """Return the message that admits ``request``; `unpack_sampling` reads its rules."""
+    plain = Sampling()
+    rules = {
+        f.name: value
+        for f in fields(Sampling)
+        if (value := getattr(request.sampling, f.name)) != getattr(plain, f.name)
+    }
+    if request.sampling.seed is not None:
+        rules["seed"] = request.sampling.seed & (2**64 - 1)  # what msgpack and the generator take
+    if request.sampling.grammar is not None:
+        rules["grammar"] = (request.sampling.grammar.kind, request.sampling.grammar.text)
+    return {
+        "t": "admit",
+        "id": request.request_id,
+        "version": version,
+        "prompt": request.prompt_ids,
+        "max_tokens": request.max_tokens,
+        "sampling": rules,
+        "stop": request.stop_ids,
+        "priority": request.priority,
+        "deadline_s": request.deadline_s,
+        "salt": request.salt,
+    }
+
+
+def unpack_sampling(rules: dict[str, Any]) -> Sampling:
+    """Return the rules that `pack_request` wrote."""
+    bias = tuple((int(token), float(by)) for token, by in rules.get("logit_bias", ()))
+    grammar = Grammar(*rules["grammar"]) if "grammar" in rules else None
+    return Sampling(**(rules | {"logit_bias": bias, "grammar": grammar}))
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What rank 0 says of one request after a step."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish: FinishReason | None
+    error: str | None = None
+    logprobs: tuple[Logprob, ...] = ()
+    prompt: PromptInfo | None = None
+
+    def pack(self) -> list[Any]:
+        """Return plain data; ``unpack`` is its inverse."""
+        short = [self.request_id, self.token_ids, self.finish, self.error]
+        if self.prompt is None:
+            return [*short, _plain(self.logprobs)] if self.logprobs else short
+        prompt = self.prompt
+        told = (prompt.cached_tokens, prompt.queued_s, _plain(prompt.logprobs))
+        return [*short, _plain(self.logprobs), told]
+
+    @classmethod
+    def unpack(cls, said: list[Any]) -> Told:
+        """Return what ``pack`` made plain."""
+        request_id, ids, finish, error, *more = said
+        logprobs = _logprobs(more[0]) if more else ()
+        prompt = None
+        if len(more) > 1:
+            cached, queued_s, scores = more[1]
+            prompt = PromptInfo(cached, queued_s, _logprobs(scores))
+        return cls(request_id, tuple(ids), finish, error, logprobs, prompt)
+
+
+def _plain(logprobs: tuple[Logprob, ...]) -> list[Any]:
+    return [(one.token_id, one.logprob, one.top) for one in logprobs]
+
+
+def _logprobs(plain: list[Any]) -> tuple[Logprob, ...]:
+    return tuple(Logprob(i, p, tuple((j, q) for j, q in top)) for i, p, top in plain)
 
 
 class Frames:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 from cluster.library.importers import import_model
 from cluster.library.store import Library, Version
 from serve_apps.config import Sharded
-from serve_apps.engine import attention, sampler
-from serve_apps.engine.interface import EngineRequest, Sampling
+from serve_apps.engine import attention
+from serve_apps.engine.interface import EngineRequest, Logprob, PromptInfo, Sampling
 from serve_apps.engine.kv_cache import KVCache
+from serve_apps.engine.leader import pick
 from serve_apps.engine.model import LoadedModel, load_model
-from serve_apps.engine.scheduler import Running, Scheduler
+from serve_apps.engine.sampler import Picker
+from serve_apps.engine.scheduler import Running, Scheduler, Step
 from serve_apps.engine.sharded import ShardedEngine
 from tests.unit.engine_contract import LoopThread
 
@@ -105,42 +108,82 @@ def local_model(directory: Path) -> LoadedModel:
     return load_model(str(directory), torch.device("cpu"), torch.float32)
 
 
+@dataclass
+class Answered:
+    """One request's answer, as its chunks add up to it."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    prompt: PromptInfo | None = None
+    finish: str | None = None
+
+
+@dataclass
+class LocalRank:
+    """A rank's own parts without its process: add requests, then run them to their end."""
+
+    model: LoadedModel
+    blocks: int = 64
+    budget: int = 64
+    running: int = 16
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        self.cache = KVCache(self.model.geometry, self.blocks, self.model.device)
+        self.scheduler = Scheduler(self.blocks, self.budget, self.running, self.prefix_cache)
+        self.models = {"": self.model}
+        self.pickers = {"": Picker(self.model.vocab_size, self.model.device)}
+        self.answers: dict[str, Answered] = {}
+
+    def hold(self, version: str, model: LoadedModel) -> None:
+        """Serve one more version."""
+        self.models[version] = model
+        self.pickers[version] = Picker(model.vocab_size, model.device)
+
+    def add(self, r: EngineRequest, version: str = "") -> None:
+        ids, stop, seed = list(r.prompt_ids), frozenset(r.stop_ids), r.sampling.seed or 0
+        self.answers[r.request_id] = Answered()
+        self.pickers[version].add(r.request_id, r.prompt_ids, r.sampling, seed, stop)
+        rest: dict[str, Any] = {"priority": r.priority, "salt": r.salt}
+        self.scheduler.add(
+            Running(r.request_id, version, ids, r.max_tokens, r.sampling, seed, stop, **rest)
+        )
+
+    def step(self) -> Step | None:
+        """Compute one step as rank 0 does; None when there is nothing to do."""
+        step = self.scheduler.next_step()
+        self.scheduler.check()
+        if step is None:
+            return None
+        plan = step.plan()
+        logits = self.models[step.version].forward(plan, attention.plan(plan, self.cache))
+        picked, scores = pick(step, logits, self.pickers[step.version])
+        for told in self.scheduler.complete(step, picked, scores):
+            answer = self.answers[told.request_id]
+            answer.ids += told.token_ids
+            answer.logprobs += told.logprobs
+            answer.prompt = told.prompt or answer.prompt
+            answer.finish = told.finish
+            if told.finish:
+                self.pickers[step.version].forget(told.request_id)
+        self.scheduler.check()
+        return step
+
+    def run(self, requests: Sequence[EngineRequest] = (), version: str = "") -> list[Answered]:
+        """Answer ``requests`` and all that is there already."""
+        for r in requests:
+            self.add(r, version)
+        while self.step():
+            pass
+        assert self.scheduler.held_tokens == 0
+        return [self.answers[r.request_id] for r in requests]
+
+
 def run_local(
-    model: LoadedModel,
-    requests: Sequence[EngineRequest],
-    slots: int = 4,
-    slot_len: int = 256,
-    budget: int = 64,
+    model: LoadedModel, requests: Sequence[EngineRequest], **knobs: Any
 ) -> list[list[int]]:
     """Answer all requests with a rank's own parts, in this process; answers in request order."""
-    cache = KVCache(model.geometry, slots, slot_len, model.device)
-    scheduler = Scheduler(slots, budget)
-    answers: dict[str, list[int]] = {}
-    for r in requests:
-        answers[r.request_id] = []
-        seed = r.sampling.seed or 0
-        stop = frozenset(r.stop_ids)
-        ids = list(r.prompt_ids)
-        scheduler.add(Running(r.request_id, "", ids, r.max_tokens, r.sampling, seed, stop))
-    while step := scheduler.next_step():
-        plan = step.plan()
-        logits = model.forward(plan, attention.plan(plan, cache))
-        picks = step.sampling
-        tokens = (
-            sampler.sample(
-                logits,
-                [p.sampling for p in picks],
-                [p.seed for p in picks],
-                [p.answered for p in picks],
-            )
-            if picks
-            else []
-        )
-        for output in scheduler.complete(step, tokens):
-            answers[output.request_id] += output.token_ids
-        scheduler.check()
-    assert scheduler.slots.free == slots
-    return list(answers.values())
+    return [answer.ids for answer in LocalRank(model, **knobs).run(requests)]
 
 
 def prompts(count: int, seed: int = 1, vocab: int = VOCAB, longest: int = 31) -> list[list[int]]:
@@ -160,7 +203,11 @@ def reference(directory: Path, texts: Sequence[Sequence[int]], count: int) -> An
     from transformers import AutoModelForCausalLM
 
     module = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        directory,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation="eager",  # its sdpa leaves soft caps out
     ).eval()
     longest = max(map(len, texts))
     rows = torch.tensor([[0] * (longest - len(t)) + list(t) for t in texts])

@@ -12,9 +12,9 @@ import torch
 from cluster.errors import EngineError, NotEnough
 from serve_apps.engine import attention
 from serve_apps.engine.interface import EngineRequest, Sampling
-from serve_apps.engine.kv_cache import Geometry, fit_slots
+from serve_apps.engine.kv_cache import Geometry, KVCache, fit_blocks
 from serve_apps.engine.model import LoadedModel
-from serve_apps.engine.scheduler import Running, Scheduler
+from serve_apps.engine.plan import Row, StepPlan
 from tests.parity.engine_fixtures import (
     Reference,
     compare,
@@ -39,7 +39,7 @@ def test_smollm2_answers_like_transformers_sc01(
 ) -> None:
     texts, theirs = smollm2_reference
     requests = [greedy(p, 64, f"r{i}") for i, p in enumerate(texts)]
-    compare(run_local(local_model(smollm2), requests, slots=20, budget=128), theirs)
+    compare(run_local(local_model(smollm2), requests, blocks=200, running=20, budget=128), theirs)
 
 
 @pytest.mark.parametrize(
@@ -108,17 +108,17 @@ def test_a_directory_without_a_model_is_told(tmp_path: Path) -> None:
 def test_any_chunking_gives_the_same_ids_sc05(budget: int, model: LoadedModel) -> None:
     texts = prompts(6, seed=5, longest=200)
     requests = [greedy(p, 24, f"r{i}") for i, p in enumerate(texts)]
-    assert run_local(model, requests, budget=budget) == [
+    assert run_local(model, requests, budget=budget, blocks=99) == [
         run_local(model, [r], budget=4096)[0] for r in requests
     ]
 
 
 def test_alone_or_among_fifteen_others_sc07(model: LoadedModel) -> None:
     requests = [greedy(p, 48, f"r{i}") for i, p in enumerate(prompts(16, seed=7, longest=90))]
-    alone = {r.request_id: run_local(model, [r], slots=1)[0] for r in requests}
+    alone = {r.request_id: run_local(model, [r])[0] for r in requests}
     for order in (1, 2):
         random.Random(order).shuffle(requests)
-        together = run_local(model, requests, slots=16 // order)
+        together = run_local(model, requests, running=16 // order, blocks=160)
         assert together == [alone[r.request_id] for r in requests]
 
 
@@ -128,8 +128,8 @@ def test_neighbours_that_come_and_go_leave_no_trace(model: LoadedModel) -> None:
     requests = [
         greedy(p, n, f"r{i}") for i, (p, n) in enumerate(zip(prompts(10), lengths, strict=True))
     ]
-    together = run_local(model, requests, slots=5, budget=12)
-    assert together == [run_local(model, [r], slots=1)[0] for r in requests]
+    together = run_local(model, requests, running=5, budget=12)
+    assert together == [run_local(model, [r])[0] for r in requests]
 
 
 def test_seeds_decide_and_the_batch_does_not_sc14(model: LoadedModel) -> None:
@@ -139,38 +139,35 @@ def test_seeds_decide_and_the_batch_does_not_sc14(model: LoadedModel) -> None:
     torch.manual_seed(3)
     state = torch.get_rng_state()
     alone = run_local(model, [ask(0, 11)])[0]
-    batch = run_local(model, [ask(i, 11 if i in (2, 9) else 100 + i) for i in range(12)], slots=12)
+    batch = run_local(model, [ask(i, 11 if i in (2, 9) else 100 + i) for i in range(12)])
     assert batch[2] == batch[9] == alone == run_local(model, [ask(0, 11)])[0]
     assert len({tuple(answer) for answer in batch}) == 11
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_attention_cost_follows_each_requests_own_length(model: LoadedModel) -> None:
+def test_attention_cost_follows_each_requests_own_length() -> None:
     """A short request beside a long one reads its own keys, not the long one's length."""
-    from serve_apps.engine.kv_cache import KVCache
-
-    cache = KVCache(model.geometry, 4, 512, model.device)
-    scheduler = Scheduler(4, 4096)
-    lengths = [400, 4, 4, 4]
-    for i, n in enumerate(lengths):
-        scheduler.add(Running(f"r{i}", "", [1] * n, 9, Sampling(0.0), 0))
-    step = scheduler.next_step()
-    assert step
-    scheduler.complete(step, [1] * 4)
-    step = scheduler.next_step()
-    assert step
-    plan = attention.plan(step.plan(), cache)
-    assert [(s.t0, s.end) for s in plan.segments] == [(0, 401)]
-    assert [(r.t0, r.t1, r.length) for r in plan.runs] == [(1, 4, 5)]
+    cache = KVCache(Geometry(1, 2, 8, torch.float32), 100, torch.device("cpu"))
+    long = Row(range(50), 790, [1], 1)
+    short = [Row([50 + i], i, [1], 1) for i in range(4)]
+    chunk = Row(range(60, 70), 100, [1] * 40, 0)
+    plan = attention.plan(StepPlan(1, "", 5, (short[0], long, *short[1:], chunk)), cache)
+    laid_out = plan.for_torch
+    tokens = [(g.tokens_R.tolist(), g.mask_RK.shape[1]) for g in laid_out.groups(None)]
+    assert tokens == [([1], 50 * 16), ([0, 2, 3, 4], 16)]
+    assert [g.mask_RK.shape[1] for g in laid_out.groups(32)] == [3 * 16, 16]
+    assert len(laid_out.reads(laid_out.alone[0], None)) == 9 * 2, "its own blocks, two heads"
+    assert len(laid_out.reads(laid_out.alone[0], 8)) == 4 * 2, "the window's"
 
 
 def test_a_cache_that_does_not_fit_is_lowered_or_refused_sc33() -> None:
     geometry = Geometry(layers=2, kv_heads=2, head_dim=8, dtype=torch.float32)
-    slot = 100 * geometry.token_bytes
-    assert fit_slots(geometry, 100, 8, None, free=10**9) == 8
-    assert fit_slots(geometry, 100, 8, 350, free=10**9) == 3
-    assert fit_slots(geometry, 100, 8, None, free=5 * slot) == 4
-    with pytest.raises(NotEnough, match="max_model_len"):
-        fit_slots(geometry, 100, 8, None, free=slot)
+    block = geometry.block_bytes
+    assert fit_blocks(geometry, 100, 8, None, free=10**9) == 8 * 7
+    assert fit_blocks(geometry, 100, 8, 350, free=10**9) == 22
+    assert fit_blocks(geometry, 100, 8, 100, free=10**9) == 7
+    assert fit_blocks(geometry, 100, 8, None, free=25 * block) == 20
+    with pytest.raises(NotEnough, match="max_model_len=100 needs 112 tokens"):
+        fit_blocks(geometry, 100, 8, None, free=8 * block)
     with pytest.raises(NotEnough, match="cache_tokens"):
-        fit_slots(geometry, 100, 8, 800, free=5 * slot)
+        fit_blocks(geometry, 100, 8, 800, free=50 * block)

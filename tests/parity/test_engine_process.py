@@ -101,7 +101,7 @@ def test_an_update_under_load_moves_nobody_sc08(
         return before, new, await answer(engine, ask(prompt, 50))
 
     before, new, again = loop.run(run())
-    fresh = run_local(local_model(tiny), [greedy(prompt, LONG)], slot_len=512)[0]
+    fresh = run_local(local_model(tiny), [greedy(prompt, LONG)])[0]
     assert before == fresh
     assert again == fresh[:50]
     assert new == run_local(local_model(three), [greedy(prompt, 50)])[0]
