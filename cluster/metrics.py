@@ -93,7 +93,7 @@ def _gauge(name: str, told: str, labels: tuple[str, ...] = MODEL) -> Metric:
 
 # --- a replica ---------------------------------------------------------------------------------
 
-FINISHED = ("stop", "length")
+FINISHED = ("stop", "length", "tool_calls", "content_filter")
 REQUEST_SUCCESS = _counter(
     "request_success", "Answers that ended, by finished_reason.", (*MODEL, "finished_reason")
 )
@@ -144,10 +144,19 @@ E2E = Timing(
     _counter("request_seconds", "Seconds spent on answers that ended well.", MODEL),
     REQUEST_SUCCESS,
 )
-QUEUE_SECONDS = _counter(
-    "request_queue_seconds",
-    "Request-seconds spent waiting for the engine: the waiting requests, sampled, over time.",
-    MODEL,
+QUEUE = Timing(
+    Metric(
+        "request_queue_time_seconds",
+        "histogram",
+        "From the engine's admission to the first step of a prompt.",
+        MODEL,
+        FIRST_TOKEN_S,
+    ),
+    _counter("request_queue_seconds", "Seconds that prompts waited for their first step.", MODEL),
+    TIME_TO_FIRST_TOKEN.count,
+)
+CACHED_TOKENS = _counter(
+    "prefix_cache_hits", "Tokens of prompts that the prefix cache held.", MODEL
 )
 RUNNING = _gauge("num_requests_running", "Requests in the engine's steps.")
 WAITING = _gauge("num_requests_waiting", "Requests that wait for the engine.")
@@ -159,7 +168,8 @@ REPLICA = (
     *(TIME_TO_FIRST_TOKEN.spread, TIME_TO_FIRST_TOKEN.seconds, TIME_TO_FIRST_TOKEN.count),
     *(INTER_TOKEN.spread, INTER_TOKEN.seconds, INTER_TOKEN.count),
     *(E2E.spread, E2E.seconds),
-    *(QUEUE_SECONDS, RUNNING, WAITING, CACHE_USAGE, VERSION_ACTIVE),
+    *(QUEUE.spread, QUEUE.seconds, CACHED_TOKENS),
+    *(RUNNING, WAITING, CACHE_USAGE, VERSION_ACTIVE),
 )
 
 # --- the gateway -------------------------------------------------------------------------------

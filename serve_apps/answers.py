@@ -126,31 +126,32 @@ async def answer(
     reading: Reading,
     version: str,
     prompt_tokens: int,
-    interval_s: float | None = 0.0,
+    interval: Callable[[], float | None] = lambda: 0.0,
     clock: Callable[[], float] | None = None,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> AsyncGenerator[Event, None]:
     """Turn one engine stream into events; the first at the first token, the last with ``finish``.
 
-    Between two events lie ``interval_s`` at least, if tokens come that fast; the first does not
-    wait. With None there is nothing between the first and the last. What ends an answer here,
-    as a stop string does, ends the engine's work at once.
+    Between two events lie ``interval()`` seconds at least, if tokens come that fast; the first
+    does not wait. With None there is nothing between the first and the last. What ends an answer
+    here, as a stop string does, ends the engine's work at once.
     """
     clock = clock or asyncio.get_running_loop().time
     sent, first, hurried = 0.0, True, False
     while reading.finish is None:
-        if hurried and interval_s:
-            await sleep(max(0.0, sent + interval_s - clock()))
+        least = interval()
+        if hurried and least:
+            await sleep(max(0.0, sent + least - clock()))
         chunk = await anext(stream, None)
         if chunk is None:
             raise EngineError("the engine ended the stream without a reason")
         reading.take(chunk)
         if reading.finish and chunk.finish is None:
             await stream.aclose()
-        if not (reading.finish or first or (interval_s is not None and reading.news)):
+        if not (reading.finish or first or (least is not None and reading.news)):
             continue
         now = clock()
-        hurried = bool(interval_s) and not first and now - sent < SLOW * (interval_s or 0.0)
+        hurried = not first and now - sent < SLOW * (least or 0.0)
         sent = now
         out, scores, tools = reading.drain()
         info = reading.prompt

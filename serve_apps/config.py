@@ -64,6 +64,9 @@ class Limits(Frozen):
     stream_interval_ms: float = Field(10.0, ge=0, le=1000)
     """Least time between two chunks of one answer, the first excepted, which never waits: tokens
     that come faster travel together. 0 gives each step of the engine a chunk."""
+    stream_chunks_per_s: NonNegativeInt = 0
+    """Chunks that a replica sends in a second, over all its streams: where they are many, chunks
+    come later and are longer, the first of each excepted. 0 sets no bound."""
 
 
 class Fake(Frozen):

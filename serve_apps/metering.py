@@ -38,7 +38,6 @@ class ReplicaMeter:
         self._model, self._engine = model_name, engine
         self._active: str | None = None
         self._shown: set[str] = set()
-        self._looked: float | None = None
         self._calls: set[CallMeter] = set()
 
     def labels(self, version: str | None) -> dict[str, str]:
@@ -66,7 +65,6 @@ class ReplicaMeter:
 
     def look(self, stats: EngineStats) -> None:
         """Show the gauges of this moment, and pass the counters on."""
-        now = self.clock()
         self._active = stats.active
         labels = self.labels(stats.active)
         used, total = stats.cache_tokens_used, stats.cache_tokens_total
@@ -74,10 +72,6 @@ class ReplicaMeter:
             self._show(0, 0, 0.0, 0, {**labels, "model_version": version})
         self._show(stats.running, stats.waiting, used / total if total else 0.0, 1, labels)
         self._shown.add(labels["model_version"])
-        if self._looked is not None:
-            waited = stats.waiting * (now - self._looked)
-            self.tally.add(metrics.QUEUE_SECONDS, waited, **labels)
-        self._looked = now
         self.flush()
 
     def flush(self) -> None:
@@ -164,6 +158,10 @@ class CallMeter:
         add(metrics.TIME_TO_FIRST_TOKEN.seconds, waited, **labels)
         add(metrics.TIME_TO_FIRST_TOKEN.count, 1, **labels)
         add(metrics.PROMPT_TOKENS, event.prompt_tokens, **labels)
+        add(metrics.CACHED_TOKENS, event.cached_tokens, **labels)
+        if event.queued_s is not None:
+            self._owner.meter.observe(metrics.QUEUE.spread, event.queued_s, **labels)
+            add(metrics.QUEUE.seconds, event.queued_s, **labels)
         self._tokens += event.completion_tokens
         self._last[event.number] = now, event.completion_tokens
 

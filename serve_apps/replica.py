@@ -54,6 +54,7 @@ class Replica:
         self._measuring: asyncio.Task[None] | None = None
         self._versions = Versions(config, engine, library, board, replica_id)
         self._healthy = True
+        self._streaming = 0
 
     async def start(self) -> EngineInfo:
         """Start the engine and load the version that answers. Raises what that raises."""
@@ -118,6 +119,7 @@ class Replica:
     async def _events(self, call: Call) -> AsyncGenerator[Event, None]:
         version, text, plan = await self._admit(call)
         streams: list[Stream] = []
+        self._streaming += call.answers
         try:
             # no await since the last look at the version: it cannot be released in between
             for request in plan.requests(call):
@@ -130,6 +132,7 @@ class Replica:
                 async for event in events:
                     yield event
         finally:
+            self._streaming -= call.answers
             for stream in streams:
                 await stream.aclose()
 
@@ -147,7 +150,13 @@ class Replica:
         )
         # a prompt is counted once, with the first of its answers
         billed = 0 if choice else len(prompt.ids)
-        return answer(index, stream, reading, version, billed, call.interval_s)
+        return answer(index, stream, reading, version, billed, lambda: self._interval(call))
+
+    def _interval(self, call: Call) -> float | None:
+        """Return how long a chunk waits for others now: longer while many answers stream."""
+        if call.interval_s is None or not call.chunks_per_s:
+            return call.interval_s
+        return max(call.interval_s, self._streaming / call.chunks_per_s)
 
     async def _admit(self, call: Call) -> tuple[str, ChatText, Plan]:
         """Pick the version and turn the call into ids with that version's tokenizer."""

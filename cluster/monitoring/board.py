@@ -116,12 +116,17 @@ QUEUE = Row(
                 Query(gauge(metrics.WAITING), f"{MODEL} waiting"),
             ),
         ),
-        curve(
-            "Mean wait for the engine",
-            f"({or_zero(rate(metrics.QUEUE_SECONDS))}) / {rate(metrics.TIME_TO_FIRST_TOKEN.count)}",
-            "mean",
+        Panel(
+            "Wait for the engine",
+            spread(metrics.QUEUE),
             "s",
-            "Little's law over the waiting requests, which are sampled every two seconds.",
+            told="From the engine's admission to the first step of a prompt.",
+        ),
+        curve(
+            "Prompt tokens from the cache",
+            f"({or_zero(rate(metrics.CACHED_TOKENS))}) / {rate(metrics.PROMPT_TOKENS)}",
+            "share",
+            "percentunit",
         ),
         curve(
             "KV cache in use",

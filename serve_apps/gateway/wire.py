@@ -128,6 +128,7 @@ def _shared(
         "n": wire.n,
         "grammar_field": place,
         "interval_s": limits.stream_interval_ms / 1000 if wire.stream else None,
+        "chunks_per_s": limits.stream_chunks_per_s,
         "priority": wire.priority,
         "deadline_s": min(limits.first_token_timeout_s, limits.request_timeout_s),
     }

@@ -54,7 +54,10 @@ def test_names_are_unique_legal_and_carry_no_suffix_of_prometheus() -> None:
 
 
 def test_every_histogram_of_seconds_has_a_true_mean_beside_it() -> None:
-    timings = (metrics.TIME_TO_FIRST_TOKEN, metrics.INTER_TOKEN, metrics.E2E, metrics.HTTP)
+    timings = (
+        *(metrics.TIME_TO_FIRST_TOKEN, metrics.INTER_TOKEN, metrics.E2E),
+        *(metrics.QUEUE, metrics.HTTP),
+    )
     assert {t.spread for t in timings} == {m for m in metrics.ALL if m.kind == "histogram"}
     for timing in timings:
         assert {timing.seconds.kind, timing.count.kind} == {"counter"}
@@ -75,12 +78,12 @@ def test_a_tally_passes_on_once_and_never_nothing() -> None:
     tally = Tally(meter)
     for value in (2.0, 3.0, 0.0):
         tally.add(metrics.PROMPT_TOKENS, value, **TINY)
-    tally.add(metrics.QUEUE_SECONDS, 0.0, **TINY)
+    tally.add(metrics.QUEUE.seconds, 0.0, **TINY)
     assert not meter.series
     tally.flush()
     tally.flush()
     assert meter.get(metrics.PROMPT_TOKENS) == 5
-    assert meter.get(metrics.QUEUE_SECONDS) == 0
+    assert meter.get(metrics.QUEUE.seconds) == 0
     NullMeter().add(metrics.PROMPT_TOKENS, 1, **TINY)
 
 
@@ -126,6 +129,17 @@ async def test_an_answer_is_counted_once_with_its_tokens_and_times() -> None:
     assert get(metrics.E2E.seconds) == pytest.approx(sum(get(metrics.E2E.spread)))
 
 
+async def test_the_wait_for_the_engine_and_cached_tokens_are_counted() -> None:
+    async with measured(token_delay_s=0.02, max_concurrent=1) as (replica, meter):
+        await asyncio.gather(ask(replica, call(tokens=2)), ask(replica, call(tokens=2, name="d")))
+    get = meter.get
+    waits = sorted(get(metrics.QUEUE.spread, **TINY))
+    assert len(waits) == 2
+    assert waits[0] < 0.02 < waits[1], "the second waited for the first"
+    assert get(metrics.QUEUE.seconds, **TINY) == pytest.approx(sum(waits))
+    assert get(metrics.CACHED_TOKENS, **TINY) == len("Hello") - 1
+
+
 async def test_failures_have_a_reason_of_a_closed_set() -> None:
     async with measured(max_concurrent=1, max_queued=0, hang_at_token=2) as (replica, meter):
         running = replica.generate(call())
@@ -163,7 +177,6 @@ def test_gauges_follow_the_active_version_and_waiting_adds_up() -> None:
     one, two = TINY, {**TINY, "model_version": "2"}
     assert meter.get(metrics.RUNNING, **one) == [3]
     assert meter.get(metrics.CACHE_USAGE, **one) == [0.25]
-    assert meter.get(metrics.QUEUE_SECONDS, **one) == 8.0
     now[0] = 3.0
     watch.look(stats("tiny@2", running=1))
     assert meter.get(metrics.RUNNING, **one) == [0], "nothing is left of the old one"

@@ -425,7 +425,7 @@ async def paces(times: list[float], interval_s: float | None) -> list[tuple[floa
 
     stream = Paced(times)
     reading = Reading(ChatText.load(text).stream())
-    events = answer(0, stream, reading, "v", 1, interval_s, stream.clock, stream.sleep)
+    events = answer(0, stream, reading, "v", 1, lambda: interval_s, stream.clock, stream.sleep)
     return [(round(stream.now - 100, 4), e.completion_tokens) async for e in events]
 
 
@@ -479,3 +479,19 @@ async def test_SC12_a_client_that_leaves_is_forgotten_at_once(stream: bool, queu
             ahead.cancel()
             await asyncio.gather(ahead, return_exceptions=True)
         await asyncio.gather(going, return_exceptions=True)
+
+
+async def test_SC24_many_streams_share_the_chunks_of_a_second() -> None:
+    limits = Limits(stream_interval_ms=0, stream_chunks_per_s=50)
+    async with stack(says=[65], limits=limits, token_delay_s=0.002, max_concurrent=8) as gate:
+
+        async def chunks() -> int:
+            answered = await gate.chat(max_tokens=60, stream=True)
+            said = [line["choices"][0]["delta"].get("content") for line in lines(answered.text)]
+            assert "".join(text or "" for text in said) == "A" * 60
+            return sum(map(bool, said))
+
+        counts = await asyncio.gather(*(chunks() for _ in range(8)))
+        assert max(counts) < 30, "each chunk waits for 8 / 50 s"
+        assert (await gate.chat(max_tokens=1)).status_code == 200
+        assert gate.replica._streaming == 0
