@@ -13,7 +13,20 @@ from cluster.errors import ClusterError
 
 PACKAGES = ("cluster", "serve_apps", "train_jobs")
 SUFFIXES = frozenset(
-    {".py", ".json", ".jsonl", ".html", ".css", ".js", ".svg", ".jinja", ".txt", ".yaml", ".yml"}
+    {
+        ".py",
+        ".cpp",
+        ".json",
+        ".jsonl",
+        ".html",
+        ".css",
+        ".js",
+        ".svg",
+        ".jinja",
+        ".txt",
+        ".yaml",
+        ".yml",
+    }
 )
 # The dashboard cuts an upload at 100 MiB, with an error that does not say so.
 MAX_BYTES = 64 << 20

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,15 @@ from safetensors import SafetensorError
 from cluster.errors import EngineError, RoundhouseError
 from serve_apps.engine import attention, packing, tensor_parallel
 from serve_apps.engine.kv_cache import Geometry, KVCache
+from serve_apps.engine.native import build
+from serve_apps.engine.native.decoder import NativeDecoder, unsupported
+from serve_apps.engine.native.layout import Quantization
 from serve_apps.engine.plan import Row, StepPlan, blocks_for
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far our logits may be from the model's own, relative to their largest; rounding only."""
+
+log = logging.getLogger(__name__)
 
 
 class LoadedModel:
@@ -24,8 +33,16 @@ class LoadedModel:
     The proof: our attention ran once in each layer and changed nothing.
     """
 
-    def __init__(self, module: Any, directory: Path, ranks: int = 1) -> None:
-        self._module, self._ranks = module, ranks
+    def __init__(
+        self,
+        module: Any,
+        directory: Path,
+        ranks: int = 1,
+        quantization: Quantization = "none",
+    ) -> None:
+        self._module, self._ranks, self._quantization = module, ranks, quantization
+        self.native: NativeDecoder | None = None
+        """Computes whole steps, where the kernels know this model."""
         self._group: Any | None = None
         config = module.config.get_text_config()
         heads = config.num_attention_heads
@@ -43,6 +60,10 @@ class LoadedModel:
         self.directory = directory
         self.weight_bytes = 0
         """Bytes of the weights that this rank holds, known once prepared."""
+        self.linear_weights = sum(
+            layer.weight.numel() for layer in module.modules() if isinstance(layer, torch.nn.Linear)
+        )
+        """Numbers that one token is multiplied with."""
 
     def forward(
         self, plan: StepPlan, attending: attention.AttentionPlan, sampling: bool = True
@@ -51,6 +72,9 @@ class LoadedModel:
 
         A rank that does not sample (``sampling=False``) leaves the output head out where it can.
         """
+        if self.native is not None:
+            with torch.inference_mode():
+                return self.native.forward(plan, attending)
         ids, positions, last = list[int](), list[int](), list[int]()
         for row in plan.rows:
             ids += row.ids
@@ -93,15 +117,23 @@ class LoadedModel:
             raise self._refused(f"its forward takes no {', '.join(sorted(missing))}")
         if self._ranks > 1:
             self._group = tensor_parallel.make_local(self._module, step_timeout_s)
+        if self._quantization != "none":
+            packing.round_linears(self._module)
+        kernels = self._kernels()
         length = min(41, self.context or 41)  # several blocks
         ids = [(7 * i + 1) % self.vocab_size for i in range(length)]
         row = torch.tensor([ids], device=self.device)
-        with torch.inference_mode():
+        # The model's definition: transformers' sdpa leaves out what it cannot do, as soft caps
+        self._module.set_attn_implementation("eager")
+        with torch.inference_mode(), widened(self._module) if kernels else nullcontext():
             reference = self._module(input_ids=row, use_cache=False).logits[0].float()
-        self.weight_bytes = sum(p.nbytes for p in self._module.parameters())
-        if packing.packs(self.device, self.dtype):
-            packing.pack_linears(self._module)
-        self._module.set_attn_implementation(attention.NAME)
+        if kernels:
+            self.native = NativeDecoder(kernels, self._module, self._quantization)
+            self.weight_bytes = self.native.weight_bytes
+        else:
+            packing.pack_linears(self._module, self._quantization)
+            self.weight_bytes = packing.weight_bytes(self._module)
+            self._module.set_attn_implementation(attention.NAME)
         ours, called = self._probe_logits(ids)
         if called != list(range(self.geometry.layers)):
             raise self._refused(
@@ -112,6 +144,15 @@ class LoadedModel:
         apart = float((ours - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
         if not apart <= TOLERANCE[self.dtype]:
             raise self._refused(f"its logits differ by {apart:.1e} from its own attention's")
+
+    def _kernels(self) -> ctypes.CDLL | None:
+        """Return the native kernels if they compute this model whole."""
+        if self.device.type != "cpu" or self._ranks > 1:
+            return None
+        if why := unsupported(self._module):
+            log.info("computing %s through transformers' code: %s", self.directory.name, why)
+            return None
+        return build.library()
 
     def _probe_logits(self, ids: list[int]) -> tuple[torch.Tensor, list[int]]:
         count, half = blocks_for(len(ids)), len(ids) // 2
@@ -138,15 +179,50 @@ class LoadedModel:
         )
 
 
-def load_model(directory: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+@contextmanager
+def widened(module: Any) -> Iterator[None]:
+    """Within this block ``module`` computes in float32, one layer's weights widened at a time.
+
+    The kernels' sums are float32 whatever the weights are; a reference that rounds to bfloat16
+    after every operation would be the worse of the two.
+    """
+
+    def widen(layer: Any, _: Any) -> None:
+        for parameter in layer.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+
+    def narrow(layer: Any, _: Any, __: Any) -> None:
+        for parameter in layer.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+
+    dtype, hooks = module.dtype, list[Any]()
+    try:
+        for layer in module.modules():
+            hooks += [layer.register_forward_pre_hook(widen), layer.register_forward_hook(narrow)]
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def load_model(
+    directory: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization = "none",
+) -> LoadedModel:
     """Read a Hugging Face directory of a causal decoder whole, and prove it; see `read_model`."""
-    loaded = read_model(directory, device, dtype)
+    loaded = read_model(directory, device, dtype, quantization=quantization)
     loaded.prepare()
     return loaded
 
 
 def read_model(
-    directory: str, device: torch.device, dtype: torch.dtype, ranks: int = 1
+    directory: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: int = 1,
+    quantization: Quantization = "none",
 ) -> LoadedModel:
     """Read this rank's share of a causal decoder; safetensors only, no remote code.
 
@@ -170,4 +246,4 @@ def read_model(
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise EngineError(f"{directory} cannot be loaded as a causal decoder: {error}") from error
     module.to(device).eval().requires_grad_(False)
-    return LoadedModel(module, path, ranks)
+    return LoadedModel(module, path, ranks, quantization)

@@ -1,33 +1,46 @@
-"""Linear layers in the layout that oneDNN computes fastest; private to this process.
+"""Linear layers in a layout made for speed on a CPU; private to this process.
 
-It pays most for the output head and for the few rows of a decoding step; `benchmarks/serve.py`
-measures the engine with it.
-The packed copy replaces the weight; only a head tied to the embedding keeps both.
+Our kernels' where they could be built, else oneDNN's. Both pay most for the output head and for
+the few rows of a decoding step; `benchmarks/serve.py` measures the engine with them. The packed
+copy replaces the weight; only a head tied to the embedding keeps both.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from typing import Any
 
 import torch
 
+from cluster.errors import EngineError
+from serve_apps.engine.native import build, layout
+from serve_apps.engine.native.layout import Quantization
+
 ROWS_HINT = 16
-"""Rows that the layout is chosen for: a decoding step of a few requests."""
+"""Rows that oneDNN's layout is chosen for: a decoding step of a few requests."""
 
 log = logging.getLogger(__name__)
 
 
-class PackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
-    """What ``nn.Linear`` computes, from a weight that only oneDNN can read."""
-
+class _Packed(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
     def __init__(self, linear: Any) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # Model code may ask a weight for its dtype or shape; the numbers live in the packed one.
-        self.weight = torch.nn.Parameter(linear.weight.to("meta"), requires_grad=False)
+        self.weight = layout.emptied(linear.weight)
         self.bias = linear.bias
+        self.nbytes = 0
+        """Bytes of the packed weight."""
+
+
+class OneDnnLinear(_Packed):
+    """What ``nn.Linear`` computes, from a weight that only oneDNN can read."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__(linear)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS_HINT)
+        self.nbytes = int(linear.weight.nbytes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ weight.T + bias``."""
@@ -37,22 +50,76 @@ class PackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is not follo
         return out
 
 
-def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether packing pays here: float32 on a CPU, in a torch build that has the operator."""
-    # The operator has no public name; a build without it serves from plain weights.
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
-    return device.type == "cpu" and dtype == torch.float32 and known
+class NativeLinear(_Packed):
+    """What ``nn.Linear`` computes, by our kernels: float32 sums whatever the weight's type."""
+
+    def __init__(self, linear: Any, library: ctypes.CDLL, quantization: Quantization) -> None:
+        super().__init__(linear)
+        self._library, self._kept = library, layout.Kept()
+        self._matrix = layout.matrix(self._kept, linear.weight, linear.bias, quantization)
+        self.nbytes = self._kept.nbytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x @ weight.T + bias`` in the dtype of ``x``."""
+        wide = x.reshape(-1, self.in_features).float().contiguous()
+        out = torch.empty(len(wide), self.out_features)
+        self._library.rh_linear(
+            ctypes.byref(self._matrix),
+            ctypes.c_void_p(wide.data_ptr()),
+            len(wide),
+            ctypes.c_void_p(out.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
-def pack_linears(module: Any) -> int:
-    """Replace every plain ``nn.Linear`` below ``module``; return how many."""
+def round_linears(module: Any) -> None:
+    """Give every linear layer the values that its int8 form stands for.
+
+    What packs them afterwards loses nothing more, so a reference taken now is exact. A head that
+    shared the embedding's weight gets one of its own.
+    """
+    for layer in module.modules():
+        if type(layer) is torch.nn.Linear:
+            values, scale = layout.quantized(layer.weight)
+            rounded = (values.float() * scale[:, None]).to(layer.weight.dtype)
+            layer.weight = torch.nn.Parameter(rounded, requires_grad=False)
+
+
+def weight_bytes(module: Any) -> int:
+    """Return the bytes of all weights below ``module``, packed or not."""
+    packed = sum(int(layer.nbytes) for layer in module.modules() if isinstance(layer, _Packed))
+    return packed + sum(int(p.nbytes) for p in module.parameters() if p.device.type != "meta")
+
+
+def pack_linears(module: Any, quantization: Quantization = "none") -> int:
+    """Replace every plain ``nn.Linear`` on a CPU below ``module``; return how many.
+
+    Without our kernels oneDNN packs float32 weights, others stay as they are; EngineError when
+    ``quantization`` asks for what only the kernels can.
+    """
+    library = build.library()
+    if library is None and quantization != "none":
+        raise EngineError(
+            f"quantization: {quantization} on a CPU needs the native kernels, which could not be "
+            "built here (the rank's log says why); install g++ or leave quantization out"
+        )
     found = [
         (parent, name, child)
         for parent in module.modules()
         for name, child in parent.named_children()
-        if type(child) is torch.nn.Linear
+        if type(child) is torch.nn.Linear and child.weight.device.type == "cpu"
     ]
     for parent, name, child in found:
-        setattr(parent, name, PackedLinear(child))
+        if library is not None and child.weight.dtype in layout.TYPES:
+            setattr(parent, name, NativeLinear(child, library, quantization))
+        elif child.weight.dtype == torch.float32 and _one_dnn():
+            setattr(parent, name, OneDnnLinear(child))
     log.info("packed %d linear layers", len(found))
     return len(found)
+
+
+def _one_dnn() -> bool:
+    # The operator has no public name; a build without it serves from plain weights.
+    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return known and bool(torch.backends.mkldnn.is_available())

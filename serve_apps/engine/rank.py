@@ -180,7 +180,9 @@ class Rank(ABC):
 
         spec, group = self._spec, self._group
         model = group.all_or_none(
-            lambda: read_model(directory, self._device, self._dtype, spec.num_ranks)
+            lambda: read_model(
+                directory, self._device, self._dtype, spec.num_ranks, spec.quantization
+            )
         )
         group.all_or_none(lambda: model.prepare(spec.step_timeout_s))
         trim()

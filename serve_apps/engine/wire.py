@@ -18,7 +18,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import msgpack
 
@@ -59,6 +59,7 @@ class RankSpec:
     max_batch_tokens: int
     cache_tokens: int | None
     prefix_cache: bool
+    quantization: Literal["none", "int8"]
     threads: int | None
     start_timeout_s: float
     step_timeout_s: float

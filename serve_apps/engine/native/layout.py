@@ -1,0 +1,206 @@
+"""The kernels' structures as ctypes sees them, and weights in the layout that they read."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from typing import Any, Literal
+
+import torch
+
+PANEL = 16
+"""Outputs of a panel, and tokens of a block of the cache: the kernels' NR."""
+Quantization = Literal["none", "int8"]
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+class Matrix(Structure):
+    """A linear layer ``[outputs, inputs]``."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("scale", c_void_p),
+        ("bias", c_void_p),
+        ("type", c_int32),
+        ("outputs", c_int32),
+        ("inputs", c_int32),
+        ("unused", c_int32),
+    )
+
+
+class Cache(Structure):
+    """One layer's keys and values; ``window`` 0 sees all."""
+
+    _fields_ = (
+        ("key", c_void_p),
+        ("value", c_void_p),
+        ("type", c_int32),
+        ("heads", c_int32),
+        ("width", c_int32),
+        ("window", c_int32),
+    )
+
+
+class Rows(Structure):
+    """The requests of a step."""
+
+    _fields_ = (
+        ("count", c_int32),
+        ("table_stride", c_int32),
+        ("t0", c_void_p),
+        ("start", c_void_p),
+        ("counts", c_void_p),
+        ("tables", c_void_p),
+    )
+
+
+class Layer(Structure):
+    """One layer's weights and cache."""
+
+    _fields_ = (
+        ("input_norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("inner_norm", c_void_p),
+        ("qkv", Matrix),
+        ("output", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+        ("cache", Cache),
+    )
+
+
+class Decoder(Structure):
+    """A whole model."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("layers", "hidden", "heads", "kv_heads")),
+        *((name, c_int32) for name in ("width", "inner", "vocab", "activation")),
+        ("eps", c_float),
+        ("scale", c_float),
+        ("layer", POINTER(Layer)),
+        ("last_norm", c_void_p),
+        ("head", Matrix),
+    )
+
+
+PARTS = ("qkv", "attention", "output", "gate_up", "down", "head")
+"""What ``Step.seconds`` tells apart, in its order."""
+
+
+class Step(Structure):
+    """One forward pass."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("tokens", "wanted", "threads", "unused")),
+        ("rows", Rows),
+        ("x", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("wanted_at", c_void_p),
+        ("logits", c_void_p),
+        ("seconds", c_void_p),
+    )
+
+
+STRUCTURES = (Matrix, Cache, Rows, Layer, Decoder, Step)
+
+
+def agree(library: ctypes.CDLL) -> bool:
+    """Say whether the library was built from the structures that are described here."""
+    sizes = (c_int32 * len(STRUCTURES))()
+    count = library.rh_sizes(sizes)
+    return count == len(STRUCTURES) and list(sizes) == [ctypes.sizeof(s) for s in STRUCTURES]
+
+
+class Kept:
+    """Tensors that structures point into; they live as long as this."""
+
+    def __init__(self) -> None:
+        self._tensors: list[torch.Tensor] = []
+
+    def pointer(self, tensor: torch.Tensor | None) -> int | None:
+        """Keep a contiguous tensor and return its address."""
+        if tensor is None:
+            return None
+        self._tensors.append(tensor)
+        return int(tensor.data_ptr())
+
+    def vector(self, tensor: torch.Tensor | None) -> int | None:
+        """Keep a float32 copy, padded with zeros to whole panels."""
+        if tensor is None:
+            return None
+        wide = tensor.detach().float().reshape(-1)
+        short = -len(wide) % PANEL
+        return self.pointer(torch.nn.functional.pad(wide, (0, short)).contiguous())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept."""
+        return sum(tensor.nbytes for tensor in self._tensors)
+
+
+def panels(weight: torch.Tensor) -> torch.Tensor:
+    """Return ``[outputs, inputs]`` as ``[panels, inputs, 16]``, padded with zeros."""
+    outputs, inputs = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % PANEL))
+    return padded.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+
+
+def narrowed(weight: torch.Tensor) -> torch.Tensor:
+    """Return a float32 weight as bfloat16 when that loses nothing, as of most checkpoints.
+
+    Sums are float32 either way, so only the bytes to read are fewer.
+    """
+    if weight.dtype == torch.float32:
+        narrow = weight.to(torch.bfloat16)
+        if torch.equal(narrow.to(torch.float32), weight):
+            return narrow
+    return weight
+
+
+def emptied(weight: torch.Tensor) -> torch.nn.Parameter:
+    """Return a parameter with the weight's shape and dtype, and none of its numbers."""
+    return torch.nn.Parameter(weight.detach().to("meta"), requires_grad=False)
+
+
+def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 values and one float32 scale for each output: symmetric, round to nearest."""
+    wide = weight.detach().float()
+    scale = wide.abs().amax(dim=1).clamp_min(1e-12) / 127
+    return (wide / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def matrix(
+    kept: Kept,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    quantization: Quantization = "none",
+    partner: torch.Tensor | None = None,
+) -> Matrix:
+    """Pack a weight ``[outputs, inputs]``; with ``partner`` the panels of both take turns."""
+    scales: torch.Tensor | None = None
+    parts: list[Any] = []
+    both = [weight.detach()] if partner is None else [weight.detach(), partner.detach()]
+    if quantization == "none":
+        narrow = [narrowed(one) for one in both]
+        both = narrow if len({one.dtype for one in narrow}) == 1 else both
+    for one in both:
+        if quantization == "int8":
+            values, scale = quantized(one)
+            scales = torch.nn.functional.pad(scale, (0, -len(scale) % PANEL)).view(-1, PANEL)
+            parts.append((panels(values), scales))
+        else:
+            parts.append((panels(one), None))
+    data = torch.stack([p for p, _ in parts], dim=1).flatten(0, 1).contiguous()
+    if scales is not None:
+        scales = torch.stack([s for _, s in parts], dim=1).contiguous()
+    outputs = weight.shape[0] * len(parts)
+    return Matrix(
+        data=kept.pointer(data),
+        scale=kept.pointer(scales),
+        bias=kept.vector(bias),
+        type=TYPES[data.dtype],
+        outputs=outputs,
+        inputs=weight.shape[1],
+    )
