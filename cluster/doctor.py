@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ def examine() -> list[Check]:
         shared_memory(machine.look()),
         disk(root),
         number_format(device.fast_bf16()),
+        compiler(shutil.which(os.environ.get("CXX", "g++"))),
         *token(root),
         head(root),
         *free_ports(cluster),
@@ -86,7 +88,7 @@ def packages(
             "`make install` brings the versions of constraints.txt",
         )
     if not wrong:
-        yield Check("packages", "ok", f"{len(needed)} at their pinned versions; no compiler needed")
+        yield Check("packages", "ok", f"{len(needed)} at their pinned versions")
 
 
 def memory(here: machine.Machine) -> Check:
@@ -124,6 +126,14 @@ def number_format(fast: bool) -> Check:
     """Say which number format `auto` means on this CPU."""
     found = "yes" if fast else "no: `dtype: auto` means float32 here"
     return Check("fast bf16", "ok" if fast else "note", found)
+
+
+def compiler(found: str | None) -> Check:
+    """Say whether the engine can build its kernels for this CPU."""
+    if found:
+        return Check("compiler", "ok", f"{found}: serving on a CPU builds its kernels, once")
+    missing = "no g++: serving on a CPU computes through torch, slower (`apt install g++`)"
+    return Check("compiler", "note", missing)
 
 
 def token(root: Path) -> Iterator[Check]:
