@@ -58,11 +58,14 @@ class GatheredLinear(nn.Module):  # type: ignore[misc]
 
 
 class VocabularyPart(nn.Module):  # type: ignore[misc]
-    """An embedding of which each rank holds the rows of some ids: the others add zeros."""
+    """An embedding of which each rank holds the rows of some ids: the others add zeros.
 
-    def __init__(self, weight: nn.Parameter, group: Any) -> None:
+    ``scale``: what Gemma multiplies its embeddings with.
+    """
+
+    def __init__(self, weight: nn.Parameter, group: Any, scale: torch.Tensor | None) -> None:
         super().__init__()
-        self.weight, self._group = weight, group
+        self.weight, self._group, self._scale = weight, group, scale
         self._first = dist.get_rank(group) * weight.shape[0]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -72,7 +75,7 @@ class VocabularyPart(nn.Module):  # type: ignore[misc]
         out = F.embedding(here.masked_fill(foreign, 0), self.weight)
         out.masked_fill_(foreign[..., None], 0)
         dist.all_reduce(out, group=self._group)
-        return out
+        return out if self._scale is None else out * self._scale
 
 
 def sharding_arguments(path: Path, ranks: int) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def make_local(module: Any, timeout_s: float) -> Any:
         if not any(isinstance(p, DTensor) for p in layer.parameters(recurse=False)):
             continue
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
-        if style not in STYLES.get(type(layer), ()):
+        if style not in STYLES.get(_kind(layer), ()):
             raise EngineError(
                 f"model type {module.config.model_type!r}: the tensor-parallel plan cuts {name} "
                 f"({style}), which this engine does not; serve it with engine.tensor_parallel: 1"
@@ -120,10 +123,17 @@ def make_local(module: Any, timeout_s: float) -> Any:
     return group
 
 
+def _kind(layer: Any) -> type:
+    """Return the class of ``layer``, or of what it is but for a scale."""
+    scaled = isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale")
+    return nn.Embedding if scaled else type(layer)
+
+
 def _made(layer: Any, style: str, group: Any) -> nn.Module:
     weight = _local(layer.weight)
     if style == "embedding_rowwise":
-        return VocabularyPart(weight, group)
+        scale = getattr(layer, "embed_scale", None)
+        return VocabularyPart(weight, group, None if scale is None else scale.to(weight.dtype))
     bias = None if layer.bias is None else _local(layer.bias)
     if style == "rowwise":
         return RowwiseLinear(_linear(weight, None), bias, group)
