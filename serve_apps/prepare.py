@@ -122,7 +122,7 @@ def _sampling(call: Call, text: ChatText, config: ModelConfig, form: Form) -> Sa
         return sampling
     if call.tools.choice != "auto":
         return replace(sampling, grammar=schemas.forced(call.tools))
-    return replace(sampling, grammar=schemas.strict(call.tools, form))
+    return replace(sampling, grammar=schemas.free(call.tools, form, sampling.grammar))
 
 
 async def _check_grammar(grammar: Grammar, call: Call) -> None:

@@ -49,9 +49,11 @@ def chat_call(
     messages = messages_of(wire, limits)
     tools = tools_of(wire, limits)
     shared = _shared(wire, asked, limits.default_max_tokens, request_id, version, limits)
-    if tools and shared["sampling"].grammar is not None:
+    grammar = shared["sampling"].grammar
+    if tools and grammar and (tools.choice != "auto" or grammar.kind != "json_schema"):
         raise _bad(
-            "an answer is either of a given form or a tool call; set tool_choice to none",
+            "an answer that must be a tool call has no other form, and beside tools that may be "
+            "called only a JSON schema; set tool_choice to none",
             shared["grammar_field"],
         )
     shared["sampling"] = _scored(

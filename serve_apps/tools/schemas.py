@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from cluster.errors import RequestError
 from serve_apps.calls import Tools
 from serve_apps.engine.interface import Grammar
 from serve_apps.tools.forms import END_TAG, TAG, Form
@@ -12,7 +13,9 @@ from serve_apps.tools.forms import END_TAG, TAG, Form
 MAX_CALLS = 16
 """Calls of one answer where a grammar counts them."""
 MAX_CHARS = 30_000
-"""Of a grammar with schemas in it."""
+"""Of a grammar with schemas in it; where they are more, calls are not held to them."""
+ANY = {"type": "object"}
+END = f"}}\n{END_TAG}"
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -45,28 +48,45 @@ def forced(tools: Tools) -> Grammar:
     return Grammar("json_schema", json.dumps(schema))
 
 
-def strict(tools: Tools, form: Form) -> Grammar | None:
-    """Return a grammar of text with calls in it, if a tool is strict and the form has tags.
+def free(tools: Tools, form: Form, answer: Grammar | None) -> Grammar | None:
+    """Return the grammar of an answer that may call tools: None where nothing is to be kept.
 
-    Tools that are not strict get any object as arguments. None as well where the schemas together
-    are more than a grammar may hold.
+    Kept are the schema of ``answer``, and the calls' where a tool is strict and the form has tags.
+    Tools that are not strict get any object as arguments. RequestError (400) where ``answer`` has
+    a schema and no way to tell it from a call.
     """
-    if not any(f.get("strict") for f in tools.functions) or (TAG, END_TAG) not in form.marks:
+    tagged = (TAG, END_TAG) in form.marks
+    if answer is None and not (tagged and any(f.get("strict") for f in tools.functions)):
         return None
+    if not tagged:
+        raise RequestError(
+            f"response_format: this model's tool calls ({form.name}) leave no room for a form of "
+            "the answer; set tool_choice to none",
+            400,
+            "unsupported_parameter",
+            "response_format",
+        )
     rules = [
-        f"call_{n}: {json.dumps(_begin(f['name']))} args_{n} {json.dumps(f'}}{chr(10)}{END_TAG}')}"
-        f"\nargs_{n}: %json {json.dumps(_parameters(f) if f.get('strict') else {'type': 'object'})}"
+        f"call_{n}: {json.dumps(_begin(f['name']))} args_{n} {json.dumps(END)}"
+        f"\nargs_{n}: %json {json.dumps(_parameters(f) if f.get('strict') else ANY)}"
         for n, f in enumerate(tools.functions)
     ]
     which = " | ".join(f"call_{n}" for n in range(len(tools.functions)))
-    text = [
-        f"start: (opened ({which}))* TEXT",
-        f"opened[lazy]: TEXT {json.dumps(TAG)}",
-        r"TEXT: /(.|\n)*/",
-        *rules,
-    ]
-    whole = "\n".join(text) + "\n"
-    return Grammar("lark", whole) if len(whole) <= MAX_CHARS else None
+    if answer is None:
+        head = [
+            f"start: (opened ({which}))* TEXT",
+            f"opened[lazy]: TEXT {json.dumps(TAG)}",
+            r"TEXT: /(.|\n)*/",
+        ]
+    else:
+        head = [
+            f"start: answer | ({json.dumps(TAG)} ({which}))+",
+            f"answer: %json {answer.text}",
+        ]
+    whole = "\n".join([*head, *rules]) + "\n"
+    if len(whole) <= MAX_CHARS:
+        return Grammar("lark", whole)
+    return answer
 
 
 def _begin(name: str) -> str:

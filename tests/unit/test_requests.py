@@ -495,3 +495,27 @@ async def test_SC24_many_streams_share_the_chunks_of_a_second() -> None:
         assert max(counts) < 30, "each chunk waits for 8 / 50 s"
         assert (await gate.chat(max_tokens=1)).status_code == 200
         assert gate.replica._streaming == 0
+
+
+# --- logs ---------------------------------------------------------------------------------------
+
+
+async def test_T07_nothing_that_was_said_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    canary = "canary-7f3a"
+    tools = [{"type": "function", "function": {"name": canary}}]
+    for fake in ({}, {"fail_at_token": 3}, {"hang_at_token": 3}):
+        limits = Limits(request_timeout_s=0.3)
+        async with stack(says=f"{canary}-said", limits=limits, **fake) as gate:
+            for stream in (False, True):
+                for fields in ({}, {"tools": tools}, {"temperature": canary}, {canary: 1}):
+                    await gate.chat(canary, stream=stream, **fields)
+                await gate.post(TEXT, prompt=canary, stream=stream, echo=True, logprobs=1)
+            await gate.client.post(CHAT, content=canary, headers={"authorization": canary})
+    assert caplog.records, "failures are logged"
+    for record in caplog.records:
+        if record.name.startswith(("httpx", "httpcore")):  # the client's own
+            continue
+        assert canary not in record.getMessage()
+        assert KEY not in record.getMessage()
+        assert canary not in (record.exc_text or "")

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.errors import RequestError
 from serve_apps.answers import CallReader
 from serve_apps.calls import ToolDelta, Tools
+from serve_apps.engine.interface import Grammar
 from serve_apps.tools import schemas
 from serve_apps.tools.convention import in_user_turn, tell
 from serve_apps.tools.forced import ForcedCalls
@@ -271,7 +273,6 @@ def accepts(grammar: object, text: str) -> bool:
     import llguidance
 
     from serve_apps.engine.grammar import compile_check
-    from serve_apps.engine.interface import Grammar
 
     assert isinstance(grammar, Grammar)
     compile_check(grammar)
@@ -309,12 +310,24 @@ def test_SC30_required_calls_keep_the_schemas_of_their_tools() -> None:
 
 def test_SC30_strict_tools_bind_calls_and_leave_text_free() -> None:
     tools = Tools((tool("add", REFERRING, strict=True), tool("now", {"type": "object"})))
-    grammar = schemas.strict(tools, FORMS["hermes"])
+    grammar = schemas.free(tools, FORMS["hermes"], None)
     good = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     assert accepts(grammar, "just text")
     assert accepts(grammar, f"Well. {good}")
     assert accepts(grammar, f"{good}\n{good}")
     assert not accepts(grammar, good.replace("1", '"1"'))
     assert not accepts(grammar, good.replace("add", "rm"))
-    assert schemas.strict(Tools((tool("now"),)), FORMS["hermes"]) is None
-    assert schemas.strict(tools, FORMS["mistral"]) is None
+    assert schemas.free(Tools((tool("now"),)), FORMS["hermes"], None) is None
+    assert schemas.free(tools, FORMS["mistral"], None) is None
+
+
+def test_SC30_an_answer_of_a_form_or_a_call() -> None:
+    tools = Tools((tool("add", REFERRING, strict=True),))
+    answer = Grammar("json_schema", '{"type": "object", "required": ["x"]}')
+    grammar = schemas.free(tools, FORMS["generic"], answer)
+    assert accepts(grammar, '{"x": 1}')
+    assert accepts(grammar, '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>')
+    assert not accepts(grammar, '{"y": 1}')
+    assert not accepts(grammar, "just text")
+    with pytest.raises(RequestError, match="mistral"):
+        schemas.free(tools, FORMS["mistral"], answer)

@@ -190,6 +190,10 @@ async def test_SC30_forced_calls_come_with_a_grammar_of_their_schemas() -> None:
         grammar = gate.engine.asked[-1].sampling.grammar
         assert grammar
         assert grammar.kind == "lark"
+        await gate.chat(tools=[NOW], response_format={"type": "json_object"})
+        either = gate.engine.asked[-1].sampling.grammar
+        assert either
+        assert "start: answer |" in either.text
 
 
 async def test_a_template_that_knows_tools_gets_them_as_they_are() -> None:
@@ -309,10 +313,15 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "named of none": ({"tools": [NOW], "tool_choice": NAMED}, "tool_choice", "none of the tools"),
     "odd choice": ({"tools": [NOW], "tool_choice": "maybe"}, "tool_choice", "required"),
     "a form as well": (
-        {"tools": [NOW], "response_format": {"type": "json_object"}},
+        {
+            "tools": [NOW],
+            "tool_choice": "required",
+            "response_format": {"type": "json_object"},
+        },
         "response_format",
         "tool call",
     ),
+    "another form as well": ({"tools": [NOW], "guided_regex": "a"}, "guided_regex", "JSON schema"),
     "a schema that cannot be kept": (
         {
             "tools": [
