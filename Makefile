@@ -4,8 +4,10 @@
 #   make check     format, lint, types
 #   make demo-lora the demo with a low-rank adapter, served merged
 #   make bench     serving and training beside their peers; bench-check holds the results to targets
+#   make bench-peers  environments for vLLM, ray.serve.llm and lm-evaluation-harness under .bench
+#   make bench-http   the whole product beside whole peers, through HTTP
 #   make down      stop what `make demo` left running
-#   make clean     delete .venv and .roundhouse (models, runs, keys)
+#   make clean     delete .venv, .bench and .roundhouse (models, runs, keys)
 #
 # PYTHON       the interpreter that makes .venv (3.11 or 3.12)
 # TORCH_INDEX  the package index of the torch build you want, as PyTorch's install page gives it
@@ -17,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo demo-lora bench bench-check test install check unit parity ray down clean
+.PHONY: demo demo-lora bench bench-peers bench-http bench-check test install check unit parity ray down clean
 
 demo: install
 	@$(BIN)/python -m benchmarks.demo
@@ -28,6 +30,12 @@ demo-lora: install
 bench: install
 	$(BIN)/python -m benchmarks.serve --json .roundhouse/bench-serve.json
 	$(BIN)/python -m benchmarks.train --json .roundhouse/bench-train.json
+
+bench-peers: install
+	@$(BIN)/python -m benchmarks.peers.install --torch-index '$(TORCH_INDEX)'
+
+bench-http: install
+	$(BIN)/python -m benchmarks.serve_http --json .roundhouse/bench-serve-http.json
 
 bench-check: install
 	@$(BIN)/python -m benchmarks.check
@@ -68,4 +76,4 @@ down:
 	@if [ -x $(BIN)/roundhouse ]; then $(BIN)/roundhouse down; else echo "nothing is installed, so nothing runs"; fi
 
 clean: down
-	rm -rf $(VENV) .roundhouse
+	rm -rf $(VENV) .bench .roundhouse

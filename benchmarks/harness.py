@@ -14,8 +14,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,8 +28,10 @@ from benchmarks.env import ROOT, env_block
 
 SCHEMA_VERSION = 1
 REPLY = "REPLY "
-START_S = 300.0
-"""For a side to import, load and warm up."""
+START_S = 900.0
+"""For a side to import, load and compile; one that takes longer is killed."""
+ANSWER_S = 900.0
+"""For a side to answer one question."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +64,46 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def names_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return a reader of comma-separated names out of those."""
+
+    def read(text: str) -> list[str]:
+        if unknown := [name for name in text.split(",") if name not in allowed]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(allowed)}")
+        return text.split(",")
+
+    return read
+
+
 class Side:
     """One side in its own process; it answers one JSON line for each JSON line.
 
     Between questions it is stopped: one side that waits busily would slow the others down.
     """
 
-    def __init__(self, module: str, name: str, argv: Sequence[str], threads: int) -> None:
-        """Start it and wait until it is ready; RuntimeError when it is not in ``START_S``."""
+    def __init__(
+        self,
+        module: str,
+        name: str,
+        argv: Sequence[str],
+        threads: int,
+        python: Path | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start it and wait until it is ready; RuntimeError when it ends before.
+
+        ``python`` is another environment's interpreter, for a peer that has one of its own.
+        """
         self.name = name
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *argv, "--side", name],
+            [str(python or sys.executable), "-m", module, *argv, "--side", name],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(environ or {}),
         )
-        self.ready = self._reply()
+        self.ready = self._reply(START_S)
         self._process.send_signal(signal.SIGSTOP)
 
     def ask(self, **question: Any) -> dict[str, Any]:
@@ -87,7 +112,7 @@ class Side:
         self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
-        told = self._reply()
+        told = self._reply(ANSWER_S)
         self._process.send_signal(signal.SIGSTOP)
         return told
 
@@ -102,12 +127,17 @@ class Side:
             self._process.kill()
             self._process.wait()
 
-    def _reply(self) -> dict[str, Any]:
+    def _reply(self, limit_s: float) -> dict[str, Any]:
         assert self._process.stdout
-        for line in self._process.stdout:
-            if line.startswith(REPLY):
-                told: dict[str, Any] = json.loads(line.removeprefix(REPLY))
-                return told
+        watch = threading.Timer(limit_s, self._process.kill)
+        watch.start()
+        try:
+            for line in self._process.stdout:
+                if line.startswith(REPLY):
+                    told: dict[str, Any] = json.loads(line.removeprefix(REPLY))
+                    return told
+        finally:
+            watch.cancel()
         raise RuntimeError(f"side {self.name} ended with status {self._process.wait()}")
 
 
