@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
@@ -15,8 +16,10 @@ import torch
 
 from cluster.text.chat import ChatText
 from serve_apps.engine.grammar import Grammars, Matcher
-from serve_apps.engine.interface import Grammar, Sampling
+from serve_apps.engine.interface import Chunk, EngineRequest, Grammar, Sampling
 from serve_apps.engine.sampler import Picked, Picker
+from tests.parity.engine_fixtures import local_model, opened, run_local, save_tiny, tiny_config
+from tests.unit.engine_contract import LoopThread
 from tests.unit.text_fixtures import write_tokenizer
 
 pytestmark = pytest.mark.parity
@@ -160,6 +163,58 @@ def test_sixteen_grammars_and_free_rows_in_one_batch_sc20(
     words, ended = said(text, answers["object"])
     assert isinstance(json.loads(words), dict) if ended else a_prefix(words)
     assert len({p.token for p in answers["free"]}) > 30, "a free row is not masked"
+
+
+def test_two_ranks_obey_sixteen_schemas_at_once_sc20(loop: LoopThread, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    text = ChatText.load(tmp_path)
+    save_tiny(tmp_path, vocab_size=text.vocab_size + text.vocab_size % 2)
+    made = random.Random(20)
+    schemas = [some_schema(made) for _ in range(16)]
+    config = tiny_config(tensor_parallel=2, max_concurrent=18, max_queued=18, max_batch_tokens=64)
+
+    def ask(name: str, rule: Sampling, count: int = 150) -> EngineRequest:
+        return EngineRequest(name, (40, 41, 42), count, rule, tuple(STOPS))
+
+    async def run() -> tuple[list[list[Chunk]], list[Chunk]]:
+        engine = await opened(config, m1=tmp_path)
+
+        async def read(request: EngineRequest) -> list[Chunk]:
+            return [chunk async for chunk in engine.generate(request)]
+
+        requests = [
+            ask(f"r{n}", Sampling(n % 2 * 1.0, seed=n, grammar=_schema(schema)))
+            for n, schema in enumerate(schemas)
+        ]
+        requests.append(ask("plain", Sampling(0.0), 40))
+        requests.append(ask("broken", Sampling(0.0, grammar=Grammar("regex", "("))))
+        try:
+            answers = await asyncio.gather(*map(read, requests))
+            return answers, await read(ask("after", Sampling(0.0), 40))
+        finally:
+            await engine.stop()
+
+    answers, after = loop.run(run(), timeout_s=120)
+    ended = 0
+    for schema, chunks in zip(schemas, answers, strict=False):
+        words = text.decode(i for chunk in chunks for i in chunk.token_ids)
+        if chunks[-1].finish == "stop":
+            ended += 1
+            jsonschema.validate(json.loads(words), schema)
+        else:
+            assert chunks[-1].finish == "length", chunks[-1].error
+            assert a_prefix(words), (schema, words)
+    assert ended >= 10
+    *_, plain, broken = answers
+    alone = run_local(local_model(tmp_path), [ask("plain", Sampling(0.0), 40)])[0]
+    assert [i for chunk in plain for i in chunk.token_ids] == alone
+    assert [i for chunk in after for i in chunk.token_ids] == alone, "the ranks are in step"
+    assert broken[-1].finish == "error"
+    assert "grammar" in (broken[-1].error or "")
+
+
+def _schema(schema: dict[str, Any]) -> Grammar:
+    return Grammar("json_schema", json.dumps(schema))
 
 
 def test_an_answer_that_was_put_back_goes_on_where_it_stood(grammars: Grammars) -> None:
