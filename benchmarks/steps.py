@@ -86,8 +86,7 @@ class Rank:
         with clock.part("compute"):
             logits = self.model.forward(plan, attending)
         with clock.part("pick"):
-            rows = [(r.request_id, r.answered, r.ids) for r in step.sampling]
-            picked = self.picker.pick(logits, rows) if rows else []
+            picked = self.picker.pick(logits, step.picks) if step.picks else []
         with clock.part("book"):
             told = self.scheduler.complete(step, picked)
         with clock.part("message"):

@@ -104,6 +104,9 @@ class Sharded(Frozen):
     """KV cache size; by default ``max_concurrent * max_model_len``, bounded by free memory."""
     prefix_cache: bool = True
     """Keep what prompts and answers left in the cache for those that begin alike."""
+    prompt_lookup: int = Field(0, ge=0, le=16)
+    """Tokens of an answer that are guessed ahead from the text so far and checked in the same
+    step. Never changes an answer; pays where answers repeat their prompts. 0: none."""
     quantization: Literal["none", "int8"] = "none"
     """``int8``: linear weights as 8-bit integers with one scale for each output (CPU only)."""
     threads: PositiveInt | None = None

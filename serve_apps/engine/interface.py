@@ -51,6 +51,12 @@ class Sampling:
     """The same of each prompt token after the first."""
     grammar: Grammar | None = None
 
+    @property
+    def follows_history(self) -> bool:
+        """Whether a token's chances depend on the answer before it, beyond the model itself."""
+        penalised = self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1
+        return bool(penalised) or self.grammar is not None
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
@@ -143,6 +149,10 @@ class EngineStats:
     """Requests put back because the cache was full, to be computed again later."""
     expired: int = 0
     """Requests whose deadline passed before they started."""
+    guessed: int = 0
+    """Tokens that were guessed ahead of a step."""
+    guessed_right: int = 0
+    """Of these, those that the model picked."""
 
 
 class Stream(Protocol):

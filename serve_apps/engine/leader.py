@@ -124,7 +124,11 @@ class Leader(Rank):
     def _cache_made(self, cache: KVCache) -> None:
         spec = self._spec
         self._scheduler = Scheduler(
-            cache.blocks, spec.max_batch_tokens, spec.max_concurrent, spec.prefix_cache
+            cache.blocks,
+            spec.max_batch_tokens,
+            spec.max_concurrent,
+            spec.prefix_cache,
+            spec.prompt_lookup,
         )
 
     def _loaded(self, version: str, model: LoadedModel) -> None:
@@ -219,13 +223,15 @@ class Leader(Rank):
                 "cached_prompt_tokens": scheduler.cached_prompt_tokens,
                 "preemptions": scheduler.preemptions,
                 "expired": scheduler.expiries,
+                "guessed": scheduler.guessed,
+                "guessed_right": scheduler.guessed_right,
             }
 
 
 def pick(
     step: Step, logits_BV: torch.Tensor, picker: Picker
 ) -> tuple[Sequence[Picked], list[list[Logprob]]]:
-    """Return the next tokens of ``step.sampling`` and the scores of ``step.scoring``."""
+    """Return the tokens for ``step.picks`` and the scores of ``step.scoring``."""
     from serve_apps.engine import sampler
 
     scores = []
@@ -237,10 +243,9 @@ def pick(
                 rows = logits_BV[at : at + work.scored]
                 scores.append(sampler.prompt_logprobs(rows, work.targets, top))
             at += work.logits
-            if work.samples:
-                last.append(at - 1)
+            last += range(at - work.picks, at)
         logits_BV = logits_BV[last]
-    asked = [(r.request_id, r.answered, r.ids) for r in step.sampling]
+    asked = step.picks
     return picker.pick(logits_BV, asked) if asked else [], scores
 
 

@@ -22,7 +22,7 @@ class Lookup:
     """
 
     def __init__(self, most: int) -> None:
-        self._most = self._reach = most
+        self.most = self._reach = most
         self._after: dict[tuple[int, ...], int] = {}
         self._indexed = 0
 
@@ -35,13 +35,13 @@ class Lookup:
         for length in range(min(LONGEST, len(ids) - 1), SHORTEST - 1, -1):
             at = self._after.get(tuple(ids[-length:]))
             if at is not None:
-                return tuple(ids[at : at + count])
+                return _going_on(ids, at, count)
         return ()
 
     def learn(self, guessed: int, right: int) -> None:
         """Take note of how many tokens of the last guess came true."""
         if guessed:
-            self._reach = min(self._most, 2 * right + 1)
+            self._reach = min(self.most, 2 * right + 1)
 
     def _index(self, ids: Sequence[int]) -> None:
         # Runs that end before the last token: the newest run must find an older one, not itself.
@@ -49,3 +49,12 @@ class Lookup:
             for length in range(SHORTEST, min(LONGEST, end) + 1):
                 self._after[tuple(ids[end - length : end])] = end
         self._indexed = max(self._indexed, len(ids))
+
+
+def _going_on(ids: Sequence[int], at: int, count: int) -> tuple[int, ...]:
+    """Return what follows from ``at`` on; a text that is used up repeats itself."""
+    guess = list(ids[at : at + count])
+    period = len(ids) - at
+    while len(guess) < count:
+        guess.append(guess[len(guess) - period])
+    return tuple(guess)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from serve_apps.engine.blocks import BlockPool, Key, chain, root
 from serve_apps.engine.interface import Logprob, Sampling
+from serve_apps.engine.lookup import Lookup
 from serve_apps.engine.plan import BLOCK, blocks_for
 
 
@@ -52,6 +53,8 @@ class Running:
     told: bool = False
     last_step: int = -1
     ended: bool = False
+    lookup: Lookup | None = None
+    """Guesses how the answer goes on, if that is wanted and can be checked."""
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.ids)
@@ -64,7 +67,7 @@ class Running:
     @property
     def decodes(self) -> bool:
         """Whether all but the last picked token is in the cache."""
-        return self.answered > 0 and self.cached == len(self.ids) - 1
+        return self.cached == len(self.ids) - 1 >= self.prompt_len
 
     @property
     def unscored(self) -> int:
@@ -150,6 +153,16 @@ class Paging:
         request.blocks.append(self.pool.take())
         return True
 
+    def stretch(self, request: Running, tokens: int, spare: int) -> int:
+        """Make room for up to ``tokens`` more behind the next one; return for how many there is.
+
+        Leaves ``spare`` blocks to others: what is guessed must not cost anybody a place.
+        """
+        wanted = request.cached + 1 + tokens
+        while len(request.blocks) * BLOCK < wanted and self.pool.available > spare:
+            request.blocks.append(self.pool.take())
+        return min(tokens, len(request.blocks) * BLOCK - request.cached - 1)
+
     def computed(self, request: Running) -> None:
         """Make blocks known that have become full."""
         full = request.cached // BLOCK
@@ -179,7 +192,7 @@ class Paging:
         assert {id(r) for r in self._computing.values()} <= {id(r) for r in alive}
         for r in alive:
             assert r.cached <= len(r.blocks) * BLOCK
-            assert len(r.blocks) <= blocks_for(len(r.ids))
+            assert len(r.blocks) <= blocks_for(len(r.ids) + (r.lookup.most if r.lookup else 0))
 
     def _name(self, request: Running, count: int) -> None:
         keys, ids = request.keys, request.ids

@@ -145,6 +145,7 @@ class Ranks:
             max_batch_tokens=c.max_batch_tokens,
             cache_tokens=c.cache_tokens,
             prefix_cache=c.prefix_cache,
+            prompt_lookup=c.prompt_lookup,
             quantization=c.quantization,
             threads=c.threads,
             start_timeout_s=c.start_timeout_s,

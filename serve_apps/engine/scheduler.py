@@ -16,6 +16,7 @@ from operator import attrgetter
 from typing import Protocol
 
 from serve_apps.engine.interface import FinishReason, Logprob, PromptInfo
+from serve_apps.engine.lookup import Lookup
 from serve_apps.engine.paging import Paging, Running
 from serve_apps.engine.plan import BLOCK, Row, StepPlan, blocks_for
 from serve_apps.engine.wire import Told
@@ -47,7 +48,7 @@ class Picked(Protocol):
         """Why the answer cannot go on; the token is void then."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: a step makes one for each request, and freezing is most of it
 class Work:
     """``count`` tokens of one request from position ``start`` on."""
 
@@ -62,6 +63,18 @@ class Work:
     """Of so many of the last tokens the logits are wanted."""
     scored: int = 0
     """The first so many of these score prompt tokens."""
+    guess: tuple[int, ...] = ()
+    """Stands behind the newest token; each is kept if the model picks the same."""
+
+    @property
+    def picks(self) -> int:
+        """How many tokens are picked: one more than was guessed."""
+        return 1 + len(self.guess) if self.samples else 0
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens that are computed."""
+        return [*self.request.ids[self.start : self.start + self.count], *self.guess]
 
     @property
     def targets(self) -> list[int]:
@@ -90,16 +103,25 @@ class Step:
         return [w.request for w in self.work if w.samples]
 
     @property
+    def picks(self) -> list[tuple[str, int, list[int]]]:
+        """Request, length of its answer and ids so far, of each token to pick, in packed order.
+
+        Behind a guess the ids are not yet what they would be: who guesses has no rules that look.
+        """
+        return [
+            (w.request.request_id, w.request.answered + n, w.request.ids)
+            for w in self.work
+            for n in range(w.picks)
+        ]
+
+    @property
     def scoring(self) -> list[Work]:
         """The rows with prompt tokens to score, in packed order."""
         return [w for w in self.prefill if w.scored]
 
     def plan(self) -> StepPlan:
         """Return what every rank needs in order to compute this step."""
-        rows = tuple(
-            Row(w.blocks, w.start, w.request.ids[w.start : w.start + w.count], w.logits)
-            for w in self.work
-        )
+        rows = tuple(Row(w.blocks, w.start, w.ids, w.logits) for w in self.work)
         return StepPlan(self.number, self.version, len(self.decode), rows)
 
 
@@ -107,10 +129,17 @@ class Scheduler:
     """By priority, then first come, first served; decoding first; versions take turns."""
 
     def __init__(
-        self, blocks: int, max_batch_tokens: int, max_running: int, prefix_cache: bool = True
+        self,
+        blocks: int,
+        max_batch_tokens: int,
+        max_running: int,
+        prefix_cache: bool = True,
+        guesses: int = 0,
     ) -> None:
+        """``guesses``: at most so many tokens of an answer are guessed ahead of each step."""
         self.paging = Paging(blocks, prefix_cache)
         self.max_batch_tokens, self.max_running = max_batch_tokens, max_running
+        self.guesses = guesses
         self.waiting: list[Running] = []
         """In the order of rank."""
         self.running: list[Running] = []
@@ -120,6 +149,7 @@ class Scheduler:
         self.steps = 0
         self.prompt_tokens = self.cached_prompt_tokens = self.generated = 0
         self.finished = self.aborted = self.preemptions = self.expiries = 0
+        self.guessed = self.guessed_right = 0
         self._by_id: dict[str, Running] = {}
         self._arrivals = 0
         self._deadlines = 0  # waiting requests that have one
@@ -138,6 +168,8 @@ class Scheduler:
         self._arrivals += 1
         request.arrival = self._arrivals
         self._by_id[request.request_id] = request
+        if self.guesses and not request.sampling.follows_history:
+            request.lookup = Lookup(self.guesses)
         self._deadlines += request.deadline is not None
         insort(self.waiting, request, key=_rank)
 
@@ -190,13 +222,13 @@ class Scheduler:
     ) -> list[Told]:
         """Book one computed step.
 
-        ``picked`` is for ``step.sampling`` and ``scores`` for ``step.scoring``, in their order.
+        ``picked`` is for ``step.picks`` and ``scores`` for ``step.scoring``, in their order.
         """
         tokens, scored = iter(picked), iter(scores)
         outputs = []
         for work in step.work:
             request = work.request
-            token = next(tokens) if work.samples else None
+            picks = [next(tokens) for _ in range(work.picks)]
             score = next(scored) if work.scored else ()
             if request.ended:  # aborted while the step was computed
                 continue
@@ -204,11 +236,11 @@ class Scheduler:
             request.cached += work.count
             self.paging.computed(request)
             self._count_prompt(request)
-            if token is not None:
-                outputs.append(self._append(request, token))
+            if picks:
+                outputs.append(self._append(work, picks))
             elif request.max_tokens == 0 and request.cached == request.prompt_len:
                 outputs.append(self._output(request, (), "length"))
-        assert next(tokens, None) is None, "one token for each request that samples"
+        assert next(tokens, None) is None, "one token for each of step.picks"
         return outputs
 
     def fail(self, step: Step) -> list[str]:
@@ -282,9 +314,29 @@ class Scheduler:
         if len(decoding) > self.max_batch_tokens - spare:
             decoding.sort(key=lambda r: r.last_step)
             decoding = decoding[: self.max_batch_tokens - spare]
-        decode = tuple(Work(r, r.cached, 1, True, r.blocks, 1) for r in self._grown(decoding))
+        decoding = self._grown(decoding)
         prompts = [r for r in mine if r.blocks and not r.decodes]
-        return decode, self._chunks(prompts, self.max_batch_tokens - len(decode))
+        room = self.max_batch_tokens - len(decoding) - len(prompts)
+        decode = list[Work]()
+        for request in decoding:
+            guess = self._guess(request, room)
+            room -= len(guess)
+            logits = 1 + len(guess)
+            decode.append(
+                Work(request, request.cached, 1, True, request.blocks, logits, guess=guess)
+            )
+        computed = sum(work.picks for work in decode)
+        return tuple(decode), self._chunks(prompts, self.max_batch_tokens - computed)
+
+    def _guess(self, request: Running, room: int) -> tuple[int, ...]:
+        """Return what the answer may go on with, as far as budget and cache have room for it."""
+        if request.lookup is None:
+            return ()
+        room = min(room, request.max_tokens - request.answered - 1)
+        guess = request.lookup.guess(request.ids, room)
+        guess = guess[: self.paging.stretch(request, len(guess), spare=len(self.running))]
+        self.guessed += len(guess)
+        return guess
 
     def _grown(self, decoding: list[Running]) -> list[Running]:
         """Give each the block that it needs; return those that have one, in order of start."""
@@ -321,20 +373,38 @@ class Scheduler:
 
     # What came of it
 
-    def _append(self, request: Running, picked: Picked) -> Told:
+    def _append(self, work: Work, picks: Sequence[Picked]) -> Told:
+        """Append what was picked, as long as it is what was guessed, and the token after that."""
+        request, ids, logprobs = work.request, list[int](), list[Logprob]()
+        finish: FinishReason | None = None
+        error: str | None = None
+        for n, picked in enumerate(picks):
+            kept, finish, error = self._one(request, picked)
+            if kept:
+                ids.append(picked.token)
+                logprobs += () if picked.logprob is None else (picked.logprob,)
+            if finish or n == len(work.guess) or picked.token != work.guess[n]:
+                break
+        if request.lookup and work.guess:
+            request.lookup.learn(len(work.guess), n)
+            self.guessed_right += n
+            request.cached += n  # the guess's keys and values stand where the token's would
+            self.paging.computed(request)
+        return self._output(request, tuple(ids), finish, error, tuple(logprobs))
+
+    def _one(
+        self, request: Running, picked: Picked
+    ) -> tuple[bool, FinishReason | None, str | None]:
+        """Append a token; return whether it is part of the answer, how that ends, and why."""
         if picked.error is not None:
-            return self._output(request, (), "error", picked.error)
+            return False, "error", picked.error
         self.generated += 1
         if picked.token in request.stop_ids:
-            return self._output(request, (), "stop")
+            return False, "stop", None
         request.ids.append(picked.token)
-        finish: FinishReason | None = None
         if picked.finished:
-            finish = "stop"
-        elif request.answered == request.max_tokens:
-            finish = "length"
-        logprobs = () if picked.logprob is None else (picked.logprob,)
-        return self._output(request, (picked.token,), finish, None, logprobs)
+            return True, "stop", None
+        return True, "length" if request.answered == request.max_tokens else None, None
 
     def _output(
         self,

@@ -41,6 +41,8 @@ NO_STATS = {
     "cached_prompt_tokens": 0,
     "preemptions": 0,
     "expired": 0,
+    "guessed": 0,
+    "guessed_right": 0,
 }
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgpack
 
@@ -59,6 +59,7 @@ class RankSpec:
     max_batch_tokens: int
     cache_tokens: int | None
     prefix_cache: bool
+    prompt_lookup: int
     quantization: Literal["none", "int8"]
     threads: int | None
     start_timeout_s: float
@@ -106,8 +107,7 @@ def unpack_sampling(rules: dict[str, Any]) -> Sampling:
     return Sampling(**(rules | {"logit_bias": bias, "grammar": grammar}))
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(NamedTuple):
     """What rank 0 says of one request after a step."""
 
     request_id: str

@@ -127,10 +127,13 @@ class LocalRank:
     budget: int = 64
     running: int = 16
     prefix_cache: bool = True
+    guesses: int = 0
 
     def __post_init__(self) -> None:
         self.cache = KVCache(self.model.geometry, self.blocks, self.model.device)
-        self.scheduler = Scheduler(self.blocks, self.budget, self.running, self.prefix_cache)
+        self.scheduler = Scheduler(
+            self.blocks, self.budget, self.running, self.prefix_cache, self.guesses
+        )
         self.models = {"": self.model}
         self.pickers = {"": Picker(self.model.vocab_size, self.model.device)}
         self.answers: dict[str, Answered] = {}

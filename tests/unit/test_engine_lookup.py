@@ -11,7 +11,7 @@ TEXT = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 def test_the_continuation_of_the_last_such_place_is_guessed() -> None:
     text = [1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 7, 1, 2, 3]
     assert Lookup(3).guess(text, 10) == (5, 6, 7)
-    assert Lookup(8).guess(text, 10) == (5, 6, 7, 1, 2, 3)
+    assert Lookup(8).guess(text, 10) == (5, 6, 7, 1, 2, 3, 5, 6)
     assert Lookup(3).guess(text, 1) == (5,)
     assert Lookup(3).guess(text, 0) == ()
 
@@ -27,6 +27,11 @@ def test_nothing_repeated_means_no_guess() -> None:
     assert Lookup(4).guess([1, 1], 9) == ()
 
 
+def test_a_text_that_goes_in_circles_is_followed() -> None:
+    assert Lookup(5).guess([1, 2, 1, 2, 1, 2], 9) == (1, 2, 1, 2, 1)
+    assert Lookup(4).guess([9, 9, 9, 9], 9) == (9, 9, 9, 9)
+
+
 @given(TEXT)
 def test_it_does_not_matter_how_the_text_grew(text: list[int]) -> None:
     grown = Lookup(5)
@@ -38,7 +43,8 @@ def test_it_does_not_matter_how_the_text_grew(text: list[int]) -> None:
             tail = text[end - length : end]
             places = [i for i in range(length, end) if text[i - length : i] == tail]
             if places:
-                assert told == tuple(text[places[-1] : end][:5])
+                follows = text[places[-1] : end] * 5
+                assert told == tuple(follows[:5])
                 break
         else:
             assert told == ()
