@@ -12,6 +12,7 @@ length, so the cost is linear in each request's length whatever the mix.
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,14 +66,16 @@ class AttentionPlan:
 def plan(step: StepPlan, cache: KVCache) -> AttentionPlan:
     """Lay out ``step`` for all layers."""
     width = max(blocks_for(row.end) for row in step.rows)
-    padded, starts, counts, t0 = list[bytes](), list[int](), list[int](), [0]
+    padded, numbers, at = bytearray(), array("i"), 0
     for row in step.rows:
-        padded.append(table(row.blocks)[:width].tobytes().ljust(4 * width, b"\0"))
-        starts.append(row.start)
-        counts.append(len(row.ids))
-        t0.append(t0[-1] + len(row.ids))
-    tables_RB = torch.frombuffer(bytearray(b"".join(padded)), dtype=torch.int32).view(-1, width)
-    starts_R, counts_R, t0_R = torch.tensor([starts, counts, t0[:-1]], dtype=torch.int32)
+        count = len(row.ids)
+        padded += table(row.blocks)[:width].tobytes().ljust(4 * width, b"\0")
+        numbers.extend((row.start, count, at))
+        at += count
+    tables_RB = torch.frombuffer(padded, dtype=torch.int32).view(-1, width)
+    starts_R, counts_R, t0_R = (
+        torch.frombuffer(numbers, dtype=torch.int32).view(-1, 3).T.contiguous()
+    )
     return AttentionPlan(cache, tables_RB, starts_R, counts_R, t0_R)
 
 

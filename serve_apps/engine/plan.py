@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 BLOCK = 16
 """Tokens of one cache block: small enough that prompts which begin alike share most of it."""
@@ -16,8 +16,7 @@ def blocks_for(tokens: int) -> int:
     return -(-tokens // BLOCK)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """Tokens ``ids`` of one request, from position ``start`` on."""
 
     blocks: Sequence[int]
