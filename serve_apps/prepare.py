@@ -126,18 +126,15 @@ def _sampling(call: Call, text: ChatText, config: ModelConfig, form: Form) -> Sa
 
 
 async def _check_grammar(grammar: Grammar, call: Call) -> None:
-    try:
-        await asyncio.to_thread(_compiles, grammar)
-    except RequestError as error:
-        place = "tools" if call.tools else call.grammar_field
-        raise RequestError(error.message, error.status, error.code, place) from None
+    place = "tools" if call.tools else call.grammar_field
+    await asyncio.to_thread(_compiles, grammar, place)
 
 
 @lru_cache(maxsize=256)
-def _compiles(grammar: Grammar) -> None:
+def _compiles(grammar: Grammar, place: str) -> None:
     from serve_apps.engine.grammar import compile_check
 
-    compile_check(grammar)
+    compile_check(grammar, param=place)
 
 
 def _chars(call: Call) -> int:

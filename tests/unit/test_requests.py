@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -15,8 +17,10 @@ from serve_apps.calls import Call, Event
 from serve_apps.config import Fake, Limits, ModelConfig
 from serve_apps.engine.fake import FakeEngine
 from serve_apps.engine.interface import Chunk, Grammar, Sampling
+from serve_apps.gateway.schemas import ChatRequest, CompletionRequest
 from serve_apps.prepare import model_defaults
 from serve_apps.replica import Replica
+from serve_apps.tools.forms import FORMS as FORM_NAMES
 from tests.unit.serving_fixtures import (
     CHAT,
     IM_END,
@@ -190,9 +194,9 @@ BAD_FORMS: dict[str, tuple[dict[str, Any], str, str]] = {
     "empty choice": ({"guided_choice": []}, "guided_choice", "1 to 1024"),
     "empty regex": ({"guided_regex": ""}, "guided_regex", "empty"),
     "long": ({"guided_regex": "a" * 70_000}, "guided_regex", "limits.max_grammar_chars"),
-    "broken regex": ({"guided_regex": "("}, "guided_regex", ""),
-    "broken schema": ({"guided_json": {"type": 7}}, "guided_json", ""),
-    "broken grammar": ({"guided_grammar": "start: ("}, "guided_grammar", ""),
+    "broken regex": ({"guided_regex": "("}, "guided_regex", "guided_regex: "),
+    "broken schema": ({"guided_json": {"type": 7}}, "guided_json", "guided_json: "),
+    "broken grammar": ({"guided_grammar": "start: ("}, "guided_grammar", "guided_grammar: "),
     "broken GBNF": ({"guided_grammar": "root ::= ("}, "guided_grammar", "GBNF"),
     "unknown": ({"structured_outputs": {"xml": "a"}}, "structured_outputs.xml", "unknown"),
 }
@@ -519,3 +523,24 @@ async def test_T07_nothing_that_was_said_is_logged(caplog: pytest.LogCaptureFixt
         assert canary not in record.getMessage()
         assert KEY not in record.getMessage()
         assert canary not in (record.exc_text or "")
+
+
+# --- documentation ------------------------------------------------------------------------------
+
+
+def test_every_field_and_every_code_is_documented() -> None:
+    root = Path(__file__).parents[2]
+    told = (root / "docs" / "api.md").read_text()
+    for kind in (ChatRequest, CompletionRequest):
+        for name in kind.model_fields:
+            assert f"`{name}`" in told, name
+    for name in re.findall(r"limits\.(\w+)", told):
+        assert name in Limits.model_fields, name
+    for name in FORM_NAMES:
+        assert f"`{name}`" in told, name
+    codes = set()
+    for path in [*(root / "serve_apps").glob("*.py"), *(root / "serve_apps/gateway").glob("*.py")]:
+        codes |= set(re.findall(r"\b[45]\d\d,\s+\"([a-z_]+)\"", path.read_text()))
+    assert len(codes) > 15
+    hidden = {"internal_error", "method_not_allowed", "invalid_request", "no_metrics"}
+    assert {code for code in codes if f"`{code}`" not in told} <= hidden
