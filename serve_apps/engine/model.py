@@ -48,7 +48,7 @@ class LoadedModel:
         heads = config.num_attention_heads
         self.model_type: str = module.config.model_type
         self.vocab_size: int = config.vocab_size
-        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.context: int | None = _context(config)
         self.device: torch.device = module.device
         self.dtype: torch.dtype = module.dtype
         self.geometry = Geometry(
@@ -203,6 +203,20 @@ def widened(module: Any) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _context(config: Any) -> int | None:
+    """Return how many positions a request may have.
+
+    A model with ``longrope`` turns to other frequencies beyond its original length, for all
+    tokens of a pass and with keys in the cache that were turned by the old ones: it stays below.
+    """
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in (rope, *(layers for layers in rope.values() if isinstance(layers, dict))):
+        if one.get("rope_type") == "longrope":
+            limits.append(one.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if limit), default=None)
 
 
 def load_model(

@@ -195,6 +195,10 @@ are shorter than the texts. *Ranks*: the same tokens from two ranks (`engine.ten
 """
 
 TAIL = """
+A model with `longrope` (Phi 3 of 128k) is served up to its original length, 4,096 tokens: beyond
+it, transformers turns every request of a step to other frequencies, and the cached keys are not
+turned with them.
+
 ## Refused when they are loaded
 
 | models | `model_type` | the reason that the error gives |

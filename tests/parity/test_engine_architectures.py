@@ -148,3 +148,19 @@ def test_two_ranks_answer_like_one_or_refuse_as_the_table_says_sc02(
 
     loop.run(run(), timeout_s=240)
     assert not found, "\n".join(f"{kind}: {why}" for kind, why in found.items())
+
+
+def test_longrope_is_served_up_to_where_it_would_turn_all_rows(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+    }
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": 96}
+    directory = save_tiny(tmp_path, "phi3", **changes)
+    model = local_model(directory)
+    assert model.context == 96
+    texts = prompts(3)
+    answers = LocalRank(model).run([greedy(p, 64, f"r{i}") for i, p in enumerate(texts)])
+    compare([a.ids for a in answers], reference(directory, texts, 64))
