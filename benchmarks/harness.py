@@ -8,6 +8,7 @@ every raw sample; figures that are compared are ratios of medians.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -64,6 +65,15 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def end_properly() -> None:
+    """Let TERM end this program as Ctrl-C does: what it has started is ended first."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
 def names_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
     """Return a reader of comma-separated names out of those."""
 
@@ -117,15 +127,26 @@ class Side:
         return told
 
     def close(self) -> None:
-        """End it: its input ends, and after ten seconds it is killed."""
+        """End it: its input ends, and after ten seconds it and what it has started are killed."""
         assert self._process.stdin
         self._process.send_signal(signal.SIGCONT)
-        self._process.stdin.close()
+        children = self._children()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        for child in psutil.wait_procs(children, timeout=5)[1]:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+
+    def _children(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.Error:
+            return []
 
     def _reply(self, limit_s: float) -> dict[str, Any]:
         assert self._process.stdout

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.env import ROOT
-from benchmarks.harness import ClientLoad, Target, arguments, default_model, finish
+from benchmarks.harness import ClientLoad, Target, arguments, default_model, end_properly, finish
 from benchmarks.load import Endpoint
 from benchmarks.peers.environments import BASE, LM_EVAL, missing
 from benchmarks.servers import Setup, ours
@@ -41,6 +41,7 @@ TARGETS = {
 def main() -> int:
     """Score both ways and compare."""
     args = parse()
+    end_properly()
     if why := missing(LM_EVAL):
         print(f"error: {why}", file=sys.stderr)
         return 1

@@ -32,6 +32,7 @@ from benchmarks.harness import (
     Target,
     arguments,
     default_model,
+    end_properly,
     finish,
     median_ratio,
     names_of,
@@ -326,6 +327,7 @@ def main() -> int:
     if args.side:
         return be_side(args)
     args.model = args.model or default_model()
+    end_properly()
     client = ClientLoad()
     sides: list[Side] = []
     samples: Samples = {}

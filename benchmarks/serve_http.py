@@ -25,6 +25,7 @@ from benchmarks.harness import (
     arguments,
     default_model,
     distribution,
+    end_properly,
     finish,
     median_ratio,
     names_of,
@@ -68,6 +69,7 @@ Samples = dict[str, list[float]]
 def main() -> int:
     """Measure each side, one after the other."""
     args = parse()
+    end_properly()
     setup = Setup(args.model, args.threads, args.dtype)
     source, asked = questions()
     client = ClientLoad()
