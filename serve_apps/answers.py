@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
@@ -128,7 +128,6 @@ async def answer(
     prompt_tokens: int,
     interval: Callable[[], float | None] = lambda: 0.0,
     clock: Callable[[], float] | None = None,
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> AsyncGenerator[Event, None]:
     """Turn one engine stream into events; the first at the first token, the last with ``finish``.
 
@@ -141,7 +140,7 @@ async def answer(
     while reading.finish is None:
         least = interval()
         if hurried and least:
-            await sleep(max(0.0, sent + least - clock()))
+            await stream.rest(max(0.0, sent + least - clock()))
         chunk = await anext(stream, None)
         if chunk is None:
             raise EngineError("the engine ended the stream without a reason")

@@ -69,8 +69,8 @@ class Call:
     """Whether the template opens the assistant's turn."""
     interval_s: float | None = 0.0
     """Least time between two events of an answer after its first; None: only first and last."""
-    chunks_per_s: int = 0
-    """Chunks a second of all answers of a replica together; 0 sets no bound."""
+    chunks_per_s: int | None = 0
+    """Chunks a second of all answers of a replica together; 0: no bound, None: by its cores."""
     priority: int = 0
     deadline_s: float | None = None
     salt: str = ""

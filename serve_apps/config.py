@@ -40,7 +40,7 @@ class Limits(Frozen):
     max_messages: PositiveInt = 256
     max_prompts: PositiveInt = 16
     """Prompts of one completions call."""
-    max_stop: PositiveInt = 4
+    max_stop: PositiveInt = 16
     max_stop_chars: PositiveInt = 128
     request_timeout_s: PositiveFloat = 300.0
     """From admission to the last token."""
@@ -64,9 +64,10 @@ class Limits(Frozen):
     stream_interval_ms: float = Field(10.0, ge=0, le=1000)
     """Least time between two chunks of one answer, the first excepted, which never waits: tokens
     that come faster travel together. 0 gives each step of the engine a chunk."""
-    stream_chunks_per_s: NonNegativeInt = 0
+    stream_chunks_per_s: NonNegativeInt | None = None
     """Chunks that a replica sends in a second, over all its streams: where they are many, chunks
-    come later and are longer, the first of each excepted. 0 sets no bound."""
+    come later and are longer, the first of each excepted. By default 100 for each core of its
+    node, since a chunk costs proxy, gateway and replica a millisecond together; 0: no bound."""
 
 
 class Fake(Frozen):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, nullcontext
 
@@ -27,6 +28,8 @@ from serve_apps.versions import Board, Versions
 
 HEALTH_S = 8.0
 """Bound of one health check; below the time-out that Serve is given for it."""
+CHUNKS_A_CORE = 100
+"""A second, where the limits name no number."""
 TRIES = 3
 """Times that a call may see its version retired while its prompt is encoded."""
 
@@ -55,6 +58,7 @@ class Replica:
         self._versions = Versions(config, engine, library, board, replica_id)
         self._healthy = True
         self._streaming = 0
+        self._budget = CHUNKS_A_CORE * len(os.sched_getaffinity(0))
 
     async def start(self) -> EngineInfo:
         """Start the engine and load the version that answers. Raises what that raises."""
@@ -119,7 +123,8 @@ class Replica:
     async def _events(self, call: Call) -> AsyncGenerator[Event, None]:
         version, text, plan = await self._admit(call)
         streams: list[Stream] = []
-        self._streaming += call.answers
+        chunked = 0 if call.interval_s is None else call.answers
+        self._streaming += chunked
         try:
             # no await since the last look at the version: it cannot be released in between
             for request in plan.requests(call):
@@ -132,7 +137,7 @@ class Replica:
                 async for event in events:
                     yield event
         finally:
-            self._streaming -= call.answers
+            self._streaming -= chunked
             for stream in streams:
                 await stream.aclose()
 
@@ -154,9 +159,10 @@ class Replica:
 
     def _interval(self, call: Call) -> float | None:
         """Return how long a chunk waits for others now: longer while many answers stream."""
-        if call.interval_s is None or not call.chunks_per_s:
+        budget = self._budget if call.chunks_per_s is None else call.chunks_per_s
+        if call.interval_s is None or not budget:
             return call.interval_s
-        return max(call.interval_s, self._streaming / call.chunks_per_s)
+        return max(call.interval_s, self._streaming / budget)
 
     async def _admit(self, call: Call) -> tuple[str, ChatText, Plan]:
         """Pick the version and turn the call into ids with that version's tokenizer."""

@@ -167,6 +167,9 @@ class Stream(Protocol):
 
     async def __anext__(self) -> Chunk: ...
 
+    async def rest(self, seconds: float) -> None:
+        """Let tokens come together for so long, or until the answer has ended."""
+
     async def aclose(self) -> None:
         """End the request if it still runs. Idempotent."""
 

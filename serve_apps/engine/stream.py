@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Self
 
@@ -67,7 +68,7 @@ class Answer:
 
     def __init__(self, request: EngineRequest, version: str) -> None:
         self.request_id, self.version = request.request_id, version
-        self.ready = asyncio.Event()
+        self.ready, self.ended = asyncio.Event(), asyncio.Event()
         self.ids: list[int] = []  # at most max_tokens: the request ends there
         self.logprobs: list[Logprob] = []
         self.prompt: PromptInfo | None = None
@@ -89,11 +90,14 @@ class Answer:
         self.prompt = prompt or self.prompt
         self.finish, self.error = finish, error
         self.ready.set()
+        if finish:
+            self.ended.set()
 
     def fail(self, exception: Exception) -> None:
         """End the answer with ``exception``, after the tokens that are there already."""
         self.exception = exception
         self.ready.set()
+        self.ended.set()
 
 
 class TokenStream:
@@ -140,6 +144,12 @@ class TokenStream:
         if answer.exception is None:
             raise StopAsyncIteration
         raise answer.exception
+
+    async def rest(self, seconds: float) -> None:
+        """Let tokens come together for so long, or until the answer has ended."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._answer.ended.wait()
 
     async def aclose(self) -> None:
         """End the request if it still runs."""

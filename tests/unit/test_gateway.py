@@ -102,7 +102,7 @@ BAD = {
     "top_p": ({"top_p": 0}, "top_p", "greater than 0"),
     "top_k": ({"top_k": -7}, "top_k", "greater than or equal to -1"),
     "seed": ({"seed": 2**70}, "seed", "less than"),
-    "stops": ({"stop": ["a"] * 5}, "stop", "at most 4"),
+    "stops": ({"stop": ["a"] * 17}, "stop", "at most 16"),
     "empty stop": ({"stop": [""]}, "stop", "1 to 128"),
     "long stop": ({"stop": "x" * 129}, "stop", "1 to 128"),
     "no messages": ({"messages": []}, "messages", "at least 1"),

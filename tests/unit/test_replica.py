@@ -92,6 +92,9 @@ class Script:
             raise StopAsyncIteration
         return chunk
 
+    async def rest(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
     async def aclose(self) -> None:
         self.closed = True
 

@@ -405,8 +405,8 @@ class Paced:
     def clock(self) -> float:
         return self.now
 
-    async def sleep(self, seconds: float) -> None:
-        self.now += seconds
+    async def rest(self, seconds: float) -> None:
+        self.now = min(self.now + seconds, max(self.now, self._times[-1]))
 
     def __aiter__(self) -> Paced:
         return self
@@ -429,7 +429,7 @@ async def paces(times: list[float], interval_s: float | None) -> list[tuple[floa
 
     stream = Paced(times)
     reading = Reading(ChatText.load(text).stream())
-    events = answer(0, stream, reading, "v", 1, lambda: interval_s, stream.clock, stream.sleep)
+    events = answer(0, stream, reading, "v", 1, lambda: interval_s, stream.clock)
     return [(round(stream.now - 100, 4), e.completion_tokens) async for e in events]
 
 
@@ -447,6 +447,11 @@ async def test_SC24_a_slow_engine_is_never_waited_for() -> None:
     slow = [0.5 + 0.03 * n for n in range(10)]
     assert [when for when, _ in await paces(slow, 0.01)] == [round(t, 4) for t in slow]
     assert [t for _, t in await paces([0.001 * n for n in range(9)], 0.0)] == list(range(1, 10))
+
+
+async def test_SC24_the_end_waits_for_nobody() -> None:
+    left = await paces([0.001 * n for n in range(15)], 0.5)
+    assert left[-1] == (0.014, 15)
 
 
 async def test_SC24_a_plain_answer_crosses_as_two_events() -> None:
