@@ -31,8 +31,8 @@ MAX_BYTES = {"json_schema": 64 * 1024, "regex": 8 * 1024, "lark": 32 * 1024}
 MAX_NESTING = 48
 """Levels of a schema; llguidance recurses over them. Of regexes it bounds them itself."""
 COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties")
-MAX_COUNTED = 100_000
-"""Of all counts of a schema together: a compiler that unrolls them takes 1 s for a million."""
+MAX_COUNTED = 200_000
+"""Of all counts of a schema together: the compiler unrolls them, 1 s for a million."""
 WHITESPACE = r"[ \n\t]{1,20}"
 """Between JSON's tokens, at most once: a weak model must not indent for ever."""
 JSON_OPTIONS = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
@@ -203,12 +203,13 @@ def _source(grammar: Grammar) -> str:
     if grammar.kind == "lark":
         return str(LLMatcher.grammar_from_lark(_bounded(grammar.text)))
     schema = _schema(grammar.text)
+    _check_work(_work(schema))
     return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS))
 
 
 def _bounded(lark: str) -> str:
     """Return a grammar whose embedded schemas keep the bounds of those that stand alone."""
-    out, at = "", 0
+    out, at, work = "", 0, 0.0
     while (found := lark.find("%json", at)) >= 0:
         begin = found + len("%json")
         begin += len(lark[begin:]) - len(lark[begin:].lstrip())
@@ -217,7 +218,9 @@ def _bounded(lark: str) -> str:
         except (ValueError, RecursionError):
             raise ValueError("what follows %json is no JSON") from None
         schema = {**_schema(json.dumps(value)), "x-guidance": JSON_OPTIONS}
+        work += _work(schema)
         out, at = f"{out}{lark[at:begin]}{json.dumps(schema)}", end
+    _check_work(work)
     return out + lark[at:]
 
 
@@ -234,23 +237,32 @@ def _schema(text: str) -> dict[str, Any]:
         raise ValueError("a schema is a JSON object")
     if _depth(schema) > MAX_NESTING:
         raise ValueError(f"it nests deeper than {MAX_NESTING} levels")
-    if (count := _counted(schema)) > MAX_COUNTED:
-        raise ValueError(
-            f"its {', '.join(COUNTS)} sum to {count:g}; the compiler takes {MAX_COUNTED}"
-        )
     # would loosen what is enforced; the options are ours
     schema.pop("x-guidance", None)
     return schema
 
 
-def _counted(value: Any) -> float:
-    """Sum what makes the compiler repeat itself."""
-    if isinstance(value, list):
-        return sum(map(_counted, value))
-    if not isinstance(value, dict):
-        return 0
-    here = sum(n for key in COUNTS if isinstance(n := value.get(key), int | float))
-    return here + sum(map(_counted, value.values()))
+def _work(schema: Any) -> float:
+    """Estimate how often the compiler repeats itself: counts, once more for each reference."""
+    counted, references, rest = 0.0, 0, [schema]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            references += "$ref" in value
+            found = (value.get(key) for key in COUNTS)
+            counted += sum(n for n in found if isinstance(n, int | float) and n > 0)
+            rest += value.values()
+        elif isinstance(value, list):
+            rest += value
+    return counted * (1 + references)
+
+
+def _check_work(work: float) -> None:
+    if work > MAX_COUNTED:
+        raise ValueError(
+            f"{', '.join(COUNTS)} sum to {work:g}, references multiplied in; the compiler takes "
+            f"{MAX_COUNTED}"
+        )
 
 
 def _depth(schema: Any) -> int:

@@ -140,11 +140,13 @@ def test_generated_schemas_are_obeyed_by_random_weights_sc19(
     assert finished >= 180, f"only {finished} of 200 came to their end"
 
 
+@pytest.mark.parametrize("on_host", [True, False], ids=["host", "device"])
 def test_sixteen_grammars_and_free_rows_in_one_batch_sc20(
-    grammars: Grammars, text: ChatText
+    grammars: Grammars, text: ChatText, on_host: bool
 ) -> None:
     wanted = {f"r{n}": rf"[{chr(97 + n)}]{{{n + 1}}}-[0-9]{{2}}" for n in range(14)}
     picker = Picker(text.vocab_size, CPU)
+    picker._on_host = on_host  # a device's path computes on any tensors
     for name, regex in wanted.items():
         picker.add(name, [1], Sampling(1.3), 5, STOPS, grammars.matcher(Grammar("regex", regex)))
     lark = Grammar("lark", 'start: "(" start ")" | "x"')

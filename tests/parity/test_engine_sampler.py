@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,20 @@ import torch
 
 from serve_apps.engine.draws import choose, draw, kept, probabilities, uniform
 from serve_apps.engine.interface import Logprob, Sampling
-from serve_apps.engine.sampler import Picker, prompt_logprobs, sample
+from serve_apps.engine.sampler import Picker, prompt_logprobs
 
 pytestmark = pytest.mark.parity
+
+
+def sample(
+    logits_BV: torch.Tensor, rules: list[Sampling], seeds: list[int], at: list[int]
+) -> list[int]:
+    """Pick one token for each row, none of which has a history."""
+    picker = Picker(logits_BV.shape[-1], torch.device("cpu"))
+    for i, (rule, seed) in enumerate(zip(rules, seeds, strict=True)):
+        picker.add(str(i), (), rule, seed)
+    rows: list[Any] = [(str(i), position, ()) for i, position in enumerate(at)]
+    return [picked.token for picked in picker.pick(logits_BV.clone(), rows)]
 
 
 def test_uniforms_are_a_pure_function_and_look_uniform() -> None:
@@ -187,6 +199,12 @@ def expected(logits_V: torch.Tensor, prompt: list[int], answer: list[int], rule:
     return torch.softmax(wanted(ids, row), -1)[0]
 
 
+def elsewhere(picker: Picker) -> Picker:
+    """Let ``picker`` work as on an accelerator."""
+    picker._on_host = False
+    return picker
+
+
 def test_each_row_equals_transformers_over_its_whole_history_sc15() -> None:
     made = random.Random(3)
     picker = Picker(VOCAB, torch.device("cpu"))
@@ -243,13 +261,15 @@ def test_what_the_vocabulary_does_not_have_harms_nobody() -> None:
     assert picker.pick(torch.zeros(1, 10), [("odd", 3, [1, 0, 0, 0])])[0].token == 2
 
 
-def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch_sc14() -> None:
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch_sc14(on_host: bool) -> None:
     rule = Sampling(1.0, top_p=0.98)
     steps = torch.randn(32, VOCAB, generator=_generator())
 
     def run(seed: int, others: int) -> list[int]:
         made = random.Random(others)
         picker = Picker(VOCAB, torch.device("cpu"))
+        picker = picker if on_host else elsewhere(picker)
         picker.add("mine", [1], rule, seed)
         for n in range(others):
             odd = Sampling(1.5, min_p=0.1, presence_penalty=0.5, logprobs=2)
@@ -268,6 +288,19 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch_sc14() -> None:
 
     assert run(5, 0) == run(5, 0) == run(5, 6) == run(5, 15)
     assert run(5, 0) != run(6, 0)
+
+
+def test_host_and_device_agree_on_every_rule() -> None:
+    pickers = [Picker(VOCAB, torch.device("cpu")), elsewhere(Picker(VOCAB, torch.device("cpu")))]
+    generator = _generator()
+    rows: list[Any] = [(name, 3, [5, 5, 9, 1, 2, 2]) for name in RULES]
+    for picker in pickers:
+        for n, (name, rule) in enumerate(RULES.items()):
+            picker.add(name, [5, 5, 9], replace(rule, logprobs=n % 3), n, STOPS)
+    for _ in range(20):
+        logits = 2 * torch.randn(len(rows), VOCAB, generator=generator)
+        host, device = (picker.pick(logits.clone(), rows) for picker in pickers)
+        assert host == device
 
 
 def test_logprobs_are_those_of_the_raw_logits_sc17() -> None:

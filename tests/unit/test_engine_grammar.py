@@ -129,6 +129,42 @@ HOSTILE = {
     "long array": schema({"type": "array", "minItems": 100_000_000, "items": {}}),
     "long arrays": schema({"anyOf": [{"type": "array", "minItems": 9_999}] * 900}),
     "long array in a grammar": Grammar("lark", 'start: %json {"minItems": 100000000}'),
+    "hidden by a negative": schema(
+        {"anyOf": [{"minItems": -(10**8)}, {"type": "array", "minItems": 10**8}]}
+    ),
+    "counted again by references": schema(
+        {
+            "$defs": {"a": {"type": "array", "minItems": 90_000}},
+            "properties": {
+                f"p{i}": {"allOf": [{"$ref": "#/$defs/a"}, {"maxItems": 99_000}]}
+                for i in range(400)
+            },
+        }
+    ),
+    "many references": schema(
+        {
+            "$defs": {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(60)}
+            | {"d60": {"type": "string"}},
+            "$ref": "#/$defs/d0",
+        }
+    ),
+    "references in all of": schema(
+        {
+            "$defs": {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(60)}
+            | {"d60": {"type": "string"}},
+            "$ref": "#/$defs/d0",
+        }
+    ),
+    "optional properties": schema(
+        {"type": "object", "properties": {f"p{i}": {} for i in range(5_000)}}
+    ),
+    "a long choice": schema({"enum": [f"{i} of many" for i in range(3_000)]}),
+    "embedded often": Grammar(
+        "lark", "start: " + " | ".join(['%json {"type": "array", "minItems": 99999}'] * 300)
+    ),
+    "a rule again and again": Grammar("lark", 'start: ("a" "b"){1000000000}'),
+    "a letter again and again": Grammar("regex", "a{1000000000}"),
+    "and": Grammar("lark", "start: X\nX: /.*a.{99}/ & /.*b.{99}/ & ~/.*c.{99}/"),
     "as long as allowed": schema({"type": "array", "minItems": 99_999, "items": {}}),
     "big multiple": schema({"type": "integer", "multipleOf": 999_999_937}),
     "patterns": schema(
