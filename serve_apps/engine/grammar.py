@@ -31,8 +31,10 @@ MAX_BYTES = {"json_schema": 64 * 1024, "regex": 8 * 1024, "lark": 32 * 1024}
 MAX_NESTING = 48
 """Levels of a schema; llguidance recurses over them. Of regexes it bounds them itself."""
 COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties")
+MERGED = ("allOf", "anyOf", "oneOf", "$ref")
+ANNOTATIONS = {"$defs", "definitions", "$schema", "$id", "title", "description", "default"}
 MAX_COUNTED = 200_000
-"""Of all counts of a schema together: the compiler unrolls them, 1 s for a million."""
+"""What a schema makes the compiler unroll, in items: it takes 1 s for a million."""
 WHITESPACE = r"[ \n\t]{1,20}"
 """Between JSON's tokens, at most once: a weak model must not indent for ever."""
 JSON_OPTIONS = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
@@ -243,25 +245,40 @@ def _schema(text: str) -> dict[str, Any]:
 
 
 def _work(schema: Any) -> float:
-    """Estimate how often the compiler repeats itself: counts, once more for each reference."""
-    counted, references, rest = 0.0, 0, [schema]
+    """Estimate what the compiler unrolls, in items.
+
+    Counts, once more for each merge of schemas, and the properties of each object, whose time
+    grows by the square.
+    """
+    counted, merges, squares, rest = 0.0, 0, 0.0, [schema]
     while rest:
         value = rest.pop()
-        if isinstance(value, dict):
-            references += "$ref" in value
+        if isinstance(value, list):
+            rest += value
+        elif isinstance(value, dict):
             found = (value.get(key) for key in COUNTS)
             counted += sum(n for n in found if isinstance(n, int | float) and n > 0)
+            merges += sum(_merges(value, key) for key in MERGED)
+            properties = value.get("properties")
+            squares += len(properties) ** 2 / 10 if isinstance(properties, dict) else 0
             rest += value.values()
-        elif isinstance(value, list):
-            rest += value
-    return counted * (1 + references)
+    return counted * (1 + merges) + squares
+
+
+def _merges(schema: dict[str, Any], key: str) -> int:
+    """Return how many schemas ``key`` brings that are compiled into others."""
+    inner = schema.get(key)
+    alone = key != "allOf" and not schema.keys() - ANNOTATIONS - {key}
+    if alone or not isinstance(inner, list | str):
+        return 0
+    return len(inner) if isinstance(inner, list) else 1
 
 
 def _check_work(work: float) -> None:
     if work > MAX_COUNTED:
         raise ValueError(
-            f"{', '.join(COUNTS)} sum to {work:g}, references multiplied in; the compiler takes "
-            f"{MAX_COUNTED}"
+            f"{', '.join(COUNTS)}, times merged schemas, and properties come to {work:g} units "
+            f"of work; at most {MAX_COUNTED} are taken"
         )
 
 

@@ -43,6 +43,15 @@ def schema(value: Any) -> Grammar:
         schema({"enum": ["red", "green", 3, None]}),
         schema({"anyOf": [{"type": "string", "maxLength": 40}, {"type": "null"}]}),
         schema({"type": "string", "pattern": "^[a-z]{2,9}$"}),
+        schema(
+            {
+                "$defs": {"a": {"type": "array", "maxItems": 100, "items": {"type": "string"}}},
+                "type": "object",
+                "properties": {
+                    f"p{i}": {"$ref": "#/$defs/a", "description": "many"} for i in range(300)
+                },
+            }
+        ),
         schema({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(200)}}),
         schema(TREE),
         Grammar("regex", r"(yes|no|maybe)"),
@@ -157,6 +166,9 @@ HOSTILE = {
     ),
     "optional properties": schema(
         {"type": "object", "properties": {f"p{i}": {} for i in range(5_000)}}
+    ),
+    "alternatives of a long array": schema(
+        {"type": "array", "minItems": 99_999, "anyOf": [{"items": {"const": i}} for i in range(99)]}
     ),
     "a long choice": schema({"enum": [f"{i} of many" for i in range(3_000)]}),
     "embedded often": Grammar(
