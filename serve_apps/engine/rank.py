@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import EngineError, RoundhouseError
+from serve_apps.engine.native import build
 from serve_apps.engine.plan import StepPlan
 from serve_apps.engine.wire import Frames, RankSpec, pack
 
@@ -54,6 +55,7 @@ class Rank(ABC):
         """Join the other ranks and serve until told to stop."""
         if self._spec.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers shards over what it sees
+            build.begin()  # if need be, while this process imports
         import torch
 
         from cluster.device import resolve_dtype

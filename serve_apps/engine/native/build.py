@@ -7,6 +7,7 @@ computes through torch, as it does for models that the kernels do not know.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -18,6 +19,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -46,6 +48,19 @@ def library() -> ctypes.CDLL | None:
     except (EngineError, OSError, subprocess.SubprocessError) as error:
         log.warning("no native kernels, computing through torch instead: %s", error)
         return None
+
+
+def begin() -> None:
+    """Start building in another thread if there is nothing yet; ``library`` waits for it.
+
+    What goes wrong is said by ``library``, which tries again.
+    """
+
+    def attempt() -> None:
+        with contextlib.suppress(EngineError, OSError, subprocess.SubprocessError):
+            _built()
+
+    threading.Thread(target=attempt, name="kernels", daemon=True).start()
 
 
 def cache_directory() -> Path:
