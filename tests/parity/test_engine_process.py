@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import EngineError, RankLost, RequestError
-from serve_apps.engine.interface import Engine, Sampling
+from serve_apps.engine.interface import Chunk, Engine, EngineRequest, Sampling
 from serve_apps.engine.sharded import ShardedEngine
+from serve_apps.engine.stream import TokenStream
 from tests.parity.engine_fixtures import (
+    LocalRank,
     gone,
     greedy,
     local_model,
@@ -28,6 +30,7 @@ from tests.parity.engine_fixtures import (
 )
 from tests.unit.engine_contract import (
     CONTRACT,
+    GREEDY,
     LONG,
     LoopThread,
     answer,
@@ -117,6 +120,74 @@ def test_seeds_over_the_socket_sc14(engine: ShardedEngine, loop: LoopThread) -> 
     one, again, two, *free = loop.run(run())
     assert one == again != two
     assert free[0] != free[1]
+
+
+def test_what_was_cached_and_scored_is_told_sc18(
+    engine: ShardedEngine, loop: LoopThread, tiny: Path
+) -> None:
+    prompt = tuple(prompts(3, seed=21, longest=60)[2])
+    rules = Sampling(0.0, logprobs=2, prompt_logprobs=1)
+
+    async def chunks(sampling: Sampling, salt: str) -> list[Chunk]:
+        request = ask(prompt, 6, sampling, salt=salt)
+        return [c async for c in engine.generate(request)]
+
+    async def run() -> None:
+        before = await engine.stats()
+        first, again = await asyncio.gather(chunks(GREEDY, "a"), chunks(GREEDY, "a"))
+        other, scored = await chunks(GREEDY, "b"), await chunks(rules, "a")
+        told = [c[0].prompt.cached_tokens for c in (first, again, other, scored) if c[0].prompt]
+        assert told == [0, 48, 0, 0], (
+            "the second waits for the first; a salt hides; scores need all"
+        )
+        assert [c.prompt for c in first[1:]] == [None] * (len(first) - 1)
+        after = await engine.stats()
+        assert after.cached_prompt_tokens - before.cached_prompt_tokens == 48
+        assert after.prompt_tokens - before.prompt_tokens == 4 * 60
+        (alone,) = LocalRank(local_model(tiny)).run([EngineRequest("r", prompt, 6, rules)])
+        assert [t for c in scored for t in c.token_ids] == alone.ids
+        got = [one for c in scored for one in c.logprobs]
+        assert [one.logprob for one in got] == pytest.approx([o.logprob for o in alone.logprobs])
+        assert scored[0].prompt
+        assert alone.prompt
+        assert scored[0].prompt.logprobs == alone.prompt.logprobs
+
+    loop.run(run())
+
+
+def test_priorities_and_deadlines_over_the_socket_sc12(
+    engine: ShardedEngine, loop: LoopThread
+) -> None:
+    async def run() -> None:
+        before = await engine.stats()
+        busy = [engine.generate(ask((3, 4, n), LONG)) for n in range(2)]
+        late = engine.generate(ask(deadline_s=0.01))
+        with pytest.raises(RequestError, match="deadline") as caught:
+            await anext(late)
+        assert caught.value.status == 504
+        for stream in busy:
+            await stream.aclose()
+        await settled(engine, idle)
+
+        # all admitted at once: nothing here depends on how fast the others answer
+        order = list[str]()
+        busy = [engine.generate(ask((3, 4, n), LONG)) for n in range(2)]
+        last, first = (engine.generate(ask(max_tokens=3, priority=p)) for p in (1, -1))
+
+        async def read(name: str, stream: TokenStream) -> None:
+            assert sum([len(c.token_ids) async for c in stream]) == 3
+            order.append(name)
+
+        readers = [asyncio.create_task(read(*one)) for one in (("last", last), ("first", first))]
+        await anext(busy[0])
+        await busy[0].aclose()
+        await asyncio.gather(*readers)
+        assert order == ["first", "last"]
+        await busy[1].aclose()
+        after = await settled(engine, idle)
+        assert after.expired == before.expired + 1
+
+    loop.run(run())
 
 
 def test_a_version_that_cannot_be_loaded_changes_nothing(

@@ -46,8 +46,9 @@ def ask(
     max_tokens: int = 5,
     sampling: Sampling = GREEDY,
     stop_ids: tuple[int, ...] = (),
+    **more: Any,
 ) -> EngineRequest:
-    return EngineRequest(f"t{next(_ids)}", prompt, max_tokens, sampling, stop_ids)
+    return EngineRequest(f"t{next(_ids)}", prompt, max_tokens, sampling, stop_ids, **more)
 
 
 async def answer(engine: Engine, request: EngineRequest, version: str | None = None) -> list[int]:

@@ -13,8 +13,18 @@ from hypothesis import strategies as st
 
 from cluster.errors import EngineError, RankLost, RequestError
 from serve_apps.config import Sharded
+from serve_apps.engine.interface import EngineRequest, Grammar, Logprob, PromptInfo, Sampling
 from serve_apps.engine.sharded import ShardedEngine
-from serve_apps.engine.wire import HEADER, MAX_FRAME_BYTES, Frames, RankSpec, pack
+from serve_apps.engine.wire import (
+    HEADER,
+    MAX_FRAME_BYTES,
+    Frames,
+    RankSpec,
+    Told,
+    pack,
+    pack_request,
+    unpack_sampling,
+)
 from tests.unit.engine_contract import answer, ask
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text() | st.floats()
@@ -182,8 +192,6 @@ def test_a_rank_that_never_says_hello_is_told_by_name() -> None:
 
 def test_seeds_of_any_size_travel() -> None:
     async def run() -> None:
-        from serve_apps.engine.interface import Sampling
-
         engine, (host,) = await scripted()
         for seed in (-1, 2**64 + 5, None):
             await anext(engine.generate(ask((1, 2), sampling=Sampling(seed=seed))))
@@ -192,3 +200,83 @@ def test_seeds_of_any_size_travel() -> None:
         await engine.stop()
 
     asyncio.run(run())
+
+
+def test_a_request_that_waited_too_long_is_told_so_sc12() -> None:
+    async def run() -> None:
+        engine, (host,) = await scripted(silent=True)
+        late, other = ask((1, 2), deadline_s=0.5), ask((1, 2))
+        streams = engine.generate(late), engine.generate(other)
+        host.say({"t": "step", "n": 1, "out": [], "expired": [late.request_id, "long gone"]})
+        with pytest.raises(RequestError, match="deadline") as caught:
+            await asyncio.wait_for(anext(streams[0]), 2)
+        assert (caught.value.status, caught.value.code) == (504, "deadline_exceeded")
+        assert caught.value.retry_after_s
+        host.step(other.request_id, 3, "length")
+        assert (await anext(streams[1])).token_ids == (3,)
+        assert not engine._answers
+        await engine.stop()
+
+    asyncio.run(run())
+
+
+def test_steps_that_nobody_read_come_as_one_chunk_with_all_they_said() -> None:
+    async def run() -> None:
+        engine, (host,) = await scripted(silent=True)
+        request = ask((1, 2, 3))
+        stream = engine.generate(request)
+        prompt = PromptInfo(16, 0.25, (Logprob(2, -0.5, ((7, -0.1),)), Logprob(3, -0.25)))
+        for n, token in enumerate((5, 6, 7)):
+            said = Told(
+                request.request_id,
+                (token,),
+                "stop" if n == 2 else None,
+                None,
+                (Logprob(token, -1.0 * n, ((token, -1.0 * n), (0, -9.0))),),
+                None if n else prompt,
+            )
+            host.say({"t": "step", "n": n, "out": [said.pack()]})
+        await asyncio.wait_for(settled_answer(engine, request.request_id), 5)
+        (chunk,) = [c async for c in stream]
+        assert (chunk.token_ids, chunk.finish, chunk.prompt) == ((5, 6, 7), "stop", prompt)
+        assert [one.token_id for one in chunk.logprobs] == [5, 6, 7]
+        assert chunk.logprobs[2].top == ((7, -2.0), (0, -9.0))
+        await engine.stop()
+
+    asyncio.run(run())
+
+
+async def settled_answer(engine: ShardedEngine, request_id: str) -> None:
+    while request_id in engine._answers:
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(0.0, 0.5, 7, 2**63, 0.1, 0.5, -0.5, 1.1, ((3, -100.0), (5, 2.5)), 4, 20, 0),
+        Sampling(grammar=Grammar("json_schema", '{"type": "object"}')),
+    ],
+)
+def test_what_is_asked_arrives_whole(sampling: Sampling) -> None:
+    request = EngineRequest("r", (1, 2), 0, sampling, (9,), -3, 1.5, "tenant")
+    (got,) = Frames().feed(pack(pack_request(request, "m@1")))
+    rest = (got["prompt"], got["max_tokens"], got["stop"], got["priority"], got["deadline_s"])
+    assert unpack_sampling(got["sampling"]) == sampling
+    assert rest == ([1, 2], 0, [9], -3, 1.5)
+    assert (got["id"], got["version"], got["salt"]) == ("r", "m@1", "tenant")
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        Told("r", (1, 2), None),
+        Told("r", (), "error", "why"),
+        Told("r", (4,), "length", None, (Logprob(4, -0.5, ((4, -0.5),)),)),
+        Told("r", (), "length", None, (), PromptInfo(32, 0.5, (Logprob(1, -2.0),))),
+    ],
+)
+def test_what_a_step_says_arrives_whole(told: Told) -> None:
+    (got,) = Frames().feed(pack({"out": [told.pack()]}))
+    assert Told.unpack(got["out"][0]) == told
