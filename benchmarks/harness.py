@@ -102,7 +102,8 @@ class Side:
     ) -> None:
         """Start it and wait until it is ready; RuntimeError when it ends before.
 
-        ``python`` is another environment's interpreter, for a peer that has one of its own.
+        ``python`` is another environment's interpreter, for a peer that has one of its own;
+        ``environ`` goes instead of OMP_NUM_THREADS.
         """
         self.name = name
         self._process = subprocess.Popen(
@@ -111,7 +112,7 @@ class Side:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(environ or {}),
+            env=os.environ | dict(environ or {"OMP_NUM_THREADS": str(threads)}),
         )
         self.ready = self._reply(START_S)
         self._process.send_signal(signal.SIGSTOP)

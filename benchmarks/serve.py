@@ -274,7 +274,7 @@ def start_side(name: str, args: argparse.Namespace) -> Side:
     argv = ["--model", str(args.model), "--threads", str(args.threads), "--dtype", args.dtype]
     if name != PEER:
         return Side("benchmarks.serve", name, argv, args.threads)
-    environ = vllm_environ(BASE / "vllm-cache")
+    environ = vllm_environ(BASE / "vllm-cache", args.threads)
     return Side("benchmarks.serve", name, argv, args.threads, VLLM.python, environ)
 
 

@@ -24,7 +24,7 @@ from benchmarks.peers.environments import BASE, VLLM, vllm_environ
 
 MARK = "ROUNDHOUSE_BENCH"
 """In the environment of every process that a benchmark starts, so that none is left behind."""
-READY_S = 600.0
+READY_S = 900.0
 """For a server to answer its first request; a compile from nothing takes minutes here."""
 STOP_S = 30.0
 MODEL = "smollm2-135m-instruct"
@@ -104,7 +104,7 @@ def ours(setup: Setup) -> Iterator[Running]:
         verb("models", "import", str(setup.model), "--name", MODEL)
         told = verb("deploy", str(config))
         key = Path(told["key_file"]).read_text().strip()
-        endpoint = Endpoint(told["endpoint"], MODEL, key, ignore_eos_if_known())
+        endpoint = Endpoint(told["endpoint"], MODEL, key, {"ignore_eos": True})
         wait_for(endpoint, lambda: None)
         yield Running(endpoint, time.monotonic() - began, processes)
     finally:
@@ -122,13 +122,6 @@ def our_config(setup: Setup) -> dict[str, Any]:
         "dtype": setup.dtype,
     }
     return {"models": [{"model": MODEL, "engine": engine}]}
-
-
-def ignore_eos_if_known() -> dict[str, Any]:
-    """Return the field that makes answers as long as asked for, where our gateway knows it."""
-    from serve_apps.gateway.wire import ChatRequest
-
-    return {"ignore_eos": True} if "ignore_eos" in ChatRequest.model_fields else {}
 
 
 def vllm_server(setup: Setup) -> contextlib.AbstractContextManager[Running]:
@@ -185,7 +178,7 @@ def transformers_serve(setup: Setup) -> contextlib.AbstractContextManager[Runnin
 
 def environ_of(setup: Setup) -> dict[str, str]:
     """Return what a server on vLLM needs; compiled code is kept from one start to the next."""
-    return vllm_environ(BASE / "vllm-cache") | {"OMP_NUM_THREADS": str(setup.threads)}
+    return vllm_environ(BASE / "vllm-cache", setup.threads)
 
 
 SERVERS: Mapping[str, Callable[[Setup], contextlib.AbstractContextManager[Running]]] = {

@@ -7,6 +7,7 @@ software. Paths only; ``benchmarks.peers.install`` makes them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +91,14 @@ def missing(environment: Environment) -> str | None:
     return f"{environment.root.relative_to(ROOT)} {state}; run `make bench-peers`"
 
 
-def vllm_environ(cache: Path) -> dict[str, str]:
-    """Return what vLLM needs in its environment; ``cache`` is where it keeps what it compiles."""
+def vllm_environ(cache: Path, threads: int) -> dict[str, str]:
+    """Return what vLLM needs in its environment; ``cache`` is where it keeps what it compiles.
+
+    Its worker binds a thread to each core by itself, and asks that OMP_NUM_THREADS be left alone:
+    its other processes would spin.
+    """
     return {
+        "VLLM_CPU_OMP_THREADS_BIND": "auto" if threads == os.cpu_count() else f"0-{threads - 1}",
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
