@@ -1,7 +1,7 @@
 """The front of our engine: lives in the replica's event loop, and never imports torch.
 
 It checks and admits requests, hands them to rank 0, and passes each step's tokens to whom they
-belong. What the ranks know better (slots, steps, weights) stays there; how they live and die is
+belong. What the ranks know better (blocks, steps, weights) stays there; how they live and die is
 `ranks.py`.
 """
 
