@@ -140,7 +140,11 @@ class Grammars:
 
     @property
     def tokenizer(self) -> Any:
-        """The version's ``LLTokenizer``. The first call builds it: up to a second."""
+        """The version's ``LLTokenizer``.
+
+        The first call builds it: half a second for 50k tokens, in which the process's other
+        threads stand still.
+        """
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = _token_table(Path(self._directory))
