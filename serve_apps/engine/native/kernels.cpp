@@ -268,14 +268,12 @@ void few_rows(const float *a, int rows, const Matrix &w, int p, const Sink &sink
     });
 }
 
-// All groups of rows against one panel; meanwhile `next`, of `bytes` bytes, comes from memory.
+// All groups of rows against one panel.
 template <class T>
 void group_rows(const float *a, const Groups &groups, const Matrix &w, const T *panel, int p,
-                const Sink &sink, const char *next, int64_t bytes) {
+                const Sink &sink) {
     for (int g = 0; g < groups.count; g++) {
         const int r0 = groups.begin(g);
-        for (int64_t i = bytes * g / groups.count; i < bytes * (g + 1) / groups.count; i += 64)
-            __builtin_prefetch(next + i, 0, 2);
         with_rows(groups.size(g), [&](auto constant) {
             constexpr int M = constant;
             vf acc[M][VN];
@@ -292,17 +290,14 @@ void many_rows(const float *a, int rows, const Matrix &w, int p, const Sink &sin
     const Groups groups(rows);
     const int64_t count = int64_t(w.inputs) * NR;
     const T *panel = static_cast<const T *>(w.data) + p * count;
-    // Threads take panels in turn, so this thread's next one is likely that many further on.
-    const int64_t bytes = count * sizeof(T);
-    const char *next = reinterpret_cast<const char *>(panel) + bytes * omp_get_num_threads();
     if constexpr (!std::is_same_v<T, float>) {
         if (groups.count > 2) {
             wide.resize(count);
             for (int64_t i = 0; i < count; i += W) store(&wide[i], load(panel + i));
-            return group_rows<float>(a, groups, w, wide.data(), p, sink, next, bytes);
+            return group_rows<float>(a, groups, w, wide.data(), p, sink);
         }
     }
-    group_rows<T>(a, groups, w, panel, p, sink, next, bytes);
+    group_rows<T>(a, groups, w, panel, p, sink);
 }
 
 template <class T>
