@@ -15,7 +15,7 @@ from benchmarks.env import ROOT
 from benchmarks.harness import Target
 
 RESULTS = ROOT / "benchmarks" / "results"
-PROGRAMS = ("serve", "serve_http", "lm_eval_check", "train")
+PROGRAMS = ("serve", "serve_http", "serve_long", "lm_eval_check", "train")
 
 
 def main() -> int:

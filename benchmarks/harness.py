@@ -114,23 +114,24 @@ class Side:
             text=True,
             env=os.environ | dict(environ or {"OMP_NUM_THREADS": str(threads)}),
         )
+        self._alone = python is None
         self.ready = self._reply(START_S)
-        self._process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """Send one question and return its answer."""
         assert self._process.stdin
-        self._process.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
         told = self._reply(ANSWER_S)
-        self._process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
         return told
 
     def close(self) -> None:
         """End it: its input ends, and after ten seconds it and what it has started are killed."""
         assert self._process.stdin
-        self._process.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
         children = self._children()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -142,6 +143,14 @@ class Side:
         for child in psutil.wait_procs(children, timeout=5)[1]:
             with contextlib.suppress(psutil.Error):
                 child.kill()
+
+    def _signal(self, number: signal.Signals) -> None:
+        # a peer's workers may wait busily for their front; our own rank sleeps, and would take
+        # a long standstill for a lost front
+        for child in [] if self._alone else self._children():
+            with contextlib.suppress(psutil.Error):
+                child.send_signal(number)
+        self._process.send_signal(number)
 
     def _children(self) -> list[psutil.Process]:
         try:

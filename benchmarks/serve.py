@@ -11,7 +11,7 @@ short, a few long) at 32; eight contexts of 2,000 tokens. Starts run from the pr
 its first token; vLLM starts once with an empty compile cache and once with the one it left.
 
     python -m benchmarks.serve --json benchmarks/results/serve-....json
-    python -m benchmarks.serve --sides roundhouse,vllm --workloads c1,c8 --rounds 1
+    python -m benchmarks.serve --sides roundhouse,vllm-float32 --workloads c1,c8 --rounds 1
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,15 +52,14 @@ from benchmarks.workloads import (
     turn,
 )
 
-OURS, INT8, BATCHING, GENERATE, PEER = (
-    "roundhouse",
-    "roundhouse-int8",
-    "transformers-cb",
-    "transformers-generate",
-    "vllm",
-)
+OURS, INT8 = "roundhouse", "roundhouse-int8"
+BATCHING, GENERATE = "transformers-cb", "transformers-generate"
+VLLMS = {"vllm-bfloat16": "bfloat16", "vllm-float32": "float32"}
+"""vLLM in both number formats: which one is faster depends on the processor, and the ratios
+against it compare with the faster one of each workload."""
 CONCURRENCY = (1, 8, 32, 64)
 NEW_TOKENS = 64
+SPEED = "tokens_per_s_"
 MIX = 32
 LONG, CONTEXT_TOKENS, LONG_ANSWER = 8, 2000, 32
 NAMES = (*(f"c{count}" for count in CONCURRENCY), f"mix_c{MIX}", f"long_c{LONG}")
@@ -238,9 +238,9 @@ def int8(setup: Setup) -> tuple[float, Answer]:
     return ours(replace(setup, quantization="int8"))
 
 
-def vllm(setup: Setup) -> tuple[float, Answer]:
-    """Start vLLM's CPU build; this runs in its own environment."""
-    return vllm_offline.load(setup.model, setup.dtype, MAX_LEN, setup.max_concurrent)
+def vllm(dtype: str) -> Callable[[Setup], tuple[float, Answer]]:
+    """Return what starts vLLM's CPU build; it runs in its own environment."""
+    return lambda setup: vllm_offline.load(setup.model, dtype, MAX_LEN, setup.max_concurrent)
 
 
 SIDES: Mapping[str, Callable[[Setup], tuple[float, Answer]]] = {
@@ -248,7 +248,7 @@ SIDES: Mapping[str, Callable[[Setup], tuple[float, Answer]]] = {
     INT8: int8,
     BATCHING: batching,
     GENERATE: generate,
-    PEER: vllm,
+    **{name: vllm(dtype) for name, dtype in VLLMS.items()},
 }
 SKIPS = {
     INT8: ("c8", "c32", "c64", f"mix_c{MIX}", f"long_c{LONG}"),
@@ -258,9 +258,11 @@ SKIPS = {
 """Workloads that cost a side minutes and answer no question."""
 
 
-def unavailable(name: str) -> str | None:
-    """Say why a side cannot run here, if so."""
-    if name == PEER:
+def unavailable(name: str, dtype: str) -> str | None:
+    """Say why a side is not part of this run, if so."""
+    if name in VLLMS and dtype not in ("auto", VLLMS[name]):
+        return f"--dtype {dtype}"
+    if name in VLLMS:
         return missing(VLLM)
     if name == INT8:
         from serve_apps.config import Sharded
@@ -269,12 +271,17 @@ def unavailable(name: str) -> str | None:
     return None
 
 
+def compile_cache(name: str) -> Path:
+    """Return where a vLLM side keeps what it compiles."""
+    return BASE / "compiled" / name
+
+
 def start_side(name: str, args: argparse.Namespace) -> Side:
     """Start a side in its own process and environment."""
     argv = ["--model", str(args.model), "--threads", str(args.threads), "--dtype", args.dtype]
-    if name != PEER:
+    if name not in VLLMS:
         return Side("benchmarks.serve", name, argv, args.threads)
-    environ = vllm_environ(BASE / "vllm-cache", args.threads)
+    environ = vllm_environ(compile_cache(name), args.threads)
     return Side("benchmarks.serve", name, argv, args.threads, VLLM.python, environ)
 
 
@@ -333,13 +340,13 @@ def main() -> int:
     samples: Samples = {}
     try:
         for name in args.sides:
-            if why := unavailable(name):
+            if why := unavailable(name, args.dtype):
                 tell(f"{name} is left out: {why}")
                 continue
             tell(f"starting {name}")
             samples[name] = {}
-            if name == PEER and not args.no_cold:
-                shutil.rmtree(BASE / "vllm-cache", ignore_errors=True)
+            if name in VLLMS and not args.no_cold:
+                shutil.rmtree(compile_cache(name), ignore_errors=True)
                 cold = start_side(name, args)
                 samples[name]["start_cold_s"] = [cold.ready["first_token_s"]]
                 cold.close()
@@ -388,7 +395,7 @@ def measure(side: Side, args: argparse.Namespace, number: int, samples: dict[str
         tell(f"round {number + 1} {side.name} {load.name}: {speed:.1f} tokens/s")
         if number < 0:
             continue
-        samples.setdefault(f"tokens_per_s_{load.name}", []).append(speed)
+        samples.setdefault(SPEED + load.name, []).append(speed)
         if told["ttft_ms"]:
             samples.setdefault(f"ttft_ms_{load.name}", []).extend(told["ttft_ms"])
 
@@ -400,21 +407,39 @@ def ratios(samples: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, fl
         return found
     for peer in samples.keys() - {OURS, INT8}:
         for figure in samples[peer].keys() & samples[OURS].keys():
-            if not figure.startswith("tokens_per_s_"):
-                continue
-            load = figure.removeprefix("tokens_per_s_")
-            name = f"vs_{peer.replace('-', '_')}_{load}"
-            if peer == PEER and load == f"long_c{LONG}":
-                name = "long_context_vs_vllm"
-            found[name] = median_ratio(samples, figure, OURS, peer)
-    if PEER in samples:
-        start = samples[OURS]["start_s"][0]
-        for name, figure in (("cold", "start_cold_s"), ("warm", "start_s")):
-            if figure in samples[PEER]:
-                found[f"start_vs_vllm_{name}"] = samples[PEER][figure][0] / start
-        if INT8 in samples:
-            found["vs_vllm_int8_c1"] = median_ratio(samples, "tokens_per_s_c1", INT8, PEER)
+            if figure.startswith(SPEED):
+                load = figure.removeprefix(SPEED)
+                ratio = median_ratio(samples, figure, OURS, peer)
+                found[f"vs_{peer.replace('-', '_')}_{load}"] = ratio
+    found |= against_vllm(samples, {name: samples[name] for name in VLLMS if name in samples})
     return dict(sorted(found.items()))
+
+
+def against_vllm(
+    samples: Mapping[str, Mapping[str, Sequence[float]]],
+    peers: Mapping[str, Mapping[str, Sequence[float]]],
+) -> dict[str, float]:
+    """Return our ratios to vLLM, in each workload to the number format in which it is faster."""
+    found: dict[str, float] = {}
+    if not peers:
+        return found
+
+    def best(figure: str) -> float:
+        return max(statistics.median(side[figure]) for side in peers.values())
+
+    for load in NAMES:
+        figure = SPEED + load
+        if figure in samples[OURS] and all(figure in side for side in peers.values()):
+            name = "long_context_vs_vllm" if load == f"long_c{LONG}" else f"vs_vllm_{load}"
+            found[name] = statistics.median(samples[OURS][figure]) / best(figure)
+    if mine := samples.get(INT8, {}).get(f"{SPEED}c1"):
+        found["vs_vllm_int8_c1"] = statistics.median(mine) / best(f"{SPEED}c1")
+    start = samples[OURS]["start_s"][0]
+    for name, figure in (("cold", "start_cold_s"), ("warm", "start_s")):
+        times = [side[figure][0] for side in peers.values() if figure in side]
+        if times:
+            found[f"start_vs_vllm_{name}"] = min(times) / start
+    return found
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ side has the machine to itself, and all go over loopback. The peers come from `m
 one that is not there is left out, and the ratios against it are missing.
 
     python -m benchmarks.serve_http --json benchmarks/results/serve-http-....json
-    python -m benchmarks.serve_http --sides roundhouse --tokens 250000      # does memory grow?
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -45,9 +43,6 @@ IDLE_REQUESTS = 200
 IDLE_TOKENS = 2
 IDLE_FROM = 2000
 """The idle server is asked questions that no round has asked."""
-LONG_CONCURRENCY = 32
-LONG_WARM_SHARE = 0.2
-"""Of a long run, what comes before memory is expected to be flat."""
 TARGETS = {
     "http_vs_bare_c32": Target(at_least=0.7),
     "http_vs_ray_serve_llm_c32": Target(at_least=1.8),
@@ -84,10 +79,7 @@ def main() -> int:
             continue
         with SERVERS[name](setup) as running:
             samples[name] = {"ready_s": [running.ready_s]}
-            if args.tokens:
-                samples[name] |= asyncio.run(long_run(running, asked, args))
-            else:
-                samples[name] |= asyncio.run(measure(name, running, asked, args))
+            samples[name] |= asyncio.run(measure(name, running, asked, args))
     config = {
         "model": args.model.parent.parent.name if args.model.name.isdigit() else args.model.name,
         "questions": source,
@@ -96,7 +88,6 @@ def main() -> int:
         "rounds": args.rounds,
         "dtype": args.dtype,
         "sampling": "greedy",
-        "long_run_tokens": args.tokens,
         "peers": VLLM.versions(),
     }
     warmth = "warm, one round before"
@@ -113,7 +104,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--idle", type=int, default=IDLE_REQUESTS, help="requests to an idle server"
     )
-    parser.add_argument("--tokens", type=int, default=0, help="one long run of so many instead")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     args = parser.parse_args(argv)
     if not args.side:
@@ -144,11 +134,13 @@ async def measure(
         for count in args.counts:
             for again in range(BURSTS.get(count, 1)):
                 batch = turn(asked, number * 10 + again + 10, count)
-                used = running.cpu_s()
+                used, client = running.cpu_s(), ClientLoad()
                 told = await stream(running.endpoint, batch, args.new_tokens, count, BURST_S)
+                share = client.share()
                 if number < 0:
                     continue
                 note(samples, count, told, args.new_tokens)
+                samples.setdefault(f"client_cpu_share_c{count}", []).append(share)
                 samples.setdefault(f"cpu_s_c{count}", []).append(running.cpu_s() - used)
                 print(
                     f"round {number + 1} {name} c{count}: {told.tokens / told.seconds:.1f} "
@@ -210,36 +202,6 @@ def measure_bare(setup: Setup, asked: Sequence[str], args: argparse.Namespace) -
     return samples
 
 
-async def long_run(running: Running, asked: Sequence[str], args: argparse.Namespace) -> Samples:
-    """Generate ``--tokens`` tokens without a pause and note how much memory is held meanwhile."""
-    samples: Samples = {"rss_mib": [], "tokens_so_far": [], "tokens_per_s": []}
-    done, number = 0, 0
-    while done < args.tokens:
-        batch = turn(asked, number, 2 * LONG_CONCURRENCY)
-        told = await stream(running.endpoint, batch, args.new_tokens, LONG_CONCURRENCY, BURST_S)
-        done, number = done + told.tokens, number + 1
-        samples["tokens_so_far"].append(float(done))
-        samples["rss_mib"].append(running.rss_mib())
-        samples["tokens_per_s"].append(told.tokens / told.seconds)
-        line = (
-            f"{done} tokens, {samples['rss_mib'][-1]:.0f} MiB, {samples['tokens_per_s'][-1]:.0f}/s"
-        )
-        print(line, file=sys.stderr, flush=True)
-    return samples
-
-
-def slope(tokens: Sequence[float], rss: Sequence[float], warm_share: float) -> float:
-    """Return the growth of memory over the rest of a run, as a share of what was held then.
-
-    A straight line through all samples after the first ``warm_share`` of the tokens: one noisy
-    sample at either end does not decide.
-    """
-    begin = warm_share * tokens[-1]
-    kept = [(t, r) for t, r in zip(tokens, rss, strict=True) if t >= begin]
-    line = statistics.linear_regression([t for t, _ in kept], [r for _, r in kept])
-    return line.slope * (kept[-1][0] - kept[0][0]) / statistics.fmean(r for _, r in kept)
-
-
 def ratios(samples: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, float]:
     """Return everything that can be compared in what was measured."""
     found: dict[str, float] = {}
@@ -258,8 +220,6 @@ def ratios(samples: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, fl
         over, bare = (distribution(samples[s]["idle_ttft_ms"]) for s in (OURS, BARE))
         for p in ("p50", "p99"):
             found[f"ttft_added_ms_{p}"] = over[p] - bare[p]
-    if len(mine.get("tokens_so_far", ())) > 4:
-        found["rss_growth_share"] = slope(mine["tokens_so_far"], mine["rss_mib"], LONG_WARM_SHARE)
     return dict(sorted(found.items()))
 
 

@@ -130,7 +130,7 @@ def vllm_server(setup: Setup) -> contextlib.AbstractContextManager[Running]:
     # its console script looks for a distribution named vllm, which the CPU build is not
     command = [
         *(str(VLLM.python), "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(setup.model), "--served-model-name", MODEL, "--dtype", setup.dtype),
+        *("--model", str(setup.model), "--served-model-name", MODEL, "--dtype", peer_dtype(setup)),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--max-model-len", str(CONTEXT), "--max-num-seqs", str(MAX_CONCURRENT)),
     ]
@@ -143,7 +143,7 @@ def ray_serve_llm(setup: Setup) -> contextlib.AbstractContextManager[Running]:
     port = free_port()
     command = [
         *(str(VLLM.python), "-m", "benchmarks.peers.ray_serve_llm"),
-        *("--model", str(setup.model), "--name", MODEL, "--dtype", setup.dtype),
+        *("--model", str(setup.model), "--name", MODEL, "--dtype", peer_dtype(setup)),
         *("--port", str(port), "--max-model-len", str(CONTEXT)),
         *("--max-num-seqs", str(MAX_CONCURRENT)),
     ]
@@ -154,15 +154,10 @@ def ray_serve_llm(setup: Setup) -> contextlib.AbstractContextManager[Running]:
 def transformers_serve(setup: Setup) -> contextlib.AbstractContextManager[Running]:
     """Serve with ``transformers serve --continuous-batching``, from the product's environment."""
     port = free_port()
-    dtype = setup.dtype
-    if dtype == "auto":  # its own auto is the checkpoint's, which crawls without fast bfloat16
-        from cluster.device import resolve_dtype
-
-        dtype = resolve_dtype("auto", "cpu")
     command = [
         *(sys.executable, "-m", "transformers.cli.transformers", "serve", str(setup.model)),
         *("--continuous-batching", "--cb-num-blocks", "256", "--cb-max-batch-tokens", "512"),
-        *("--attn-implementation", "sdpa", "--device", "cpu", "--dtype", dtype),
+        *("--attn-implementation", "sdpa", "--device", "cpu", "--dtype", peer_dtype(setup)),
         *("--host", "127.0.0.1", "--port", str(port)),
     ]
     # it knows no ignore_eos, but takes a whole generation config
@@ -176,9 +171,19 @@ def transformers_serve(setup: Setup) -> contextlib.AbstractContextManager[Runnin
     return spawned("transformers-serve", command, environ, endpoint)
 
 
+def peer_dtype(setup: Setup) -> str:
+    """Return the number format of the peers: what is said, else what this processor is fast at.
+
+    Their own choice is the checkpoint's bfloat16, in which they crawl without instructions for it.
+    """
+    from cluster.device import resolve_dtype
+
+    return resolve_dtype(setup.dtype, "cpu")
+
+
 def environ_of(setup: Setup) -> dict[str, str]:
     """Return what a server on vLLM needs; compiled code is kept from one start to the next."""
-    return vllm_environ(BASE / "vllm-cache", setup.threads)
+    return vllm_environ(BASE / "compiled" / "servers", setup.threads)
 
 
 SERVERS: Mapping[str, Callable[[Setup], contextlib.AbstractContextManager[Running]]] = {

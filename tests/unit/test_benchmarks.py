@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import lm_eval_check, serve, serve_http, workloads
+from benchmarks import lm_eval_check, serve, serve_http, serve_long, workloads
 from benchmarks.harness import distribution
 from benchmarks.load import Answer, Burst, Endpoint, Events, LoadError, stream
 from benchmarks.peers.environments import ENVIRONMENTS, Environment, missing
@@ -155,10 +155,13 @@ def test_percentiles_are_samples_that_were_seen() -> None:
 def test_ratios_bear_the_names_that_targets_have() -> None:
     mine = {f"tokens_per_s_{name}": [20.0, 22.0] for name in serve.NAMES} | {"start_s": [5.0]}
     half = {name: [10.0, 11.0] for name in mine} | {"start_s": [10.0], "start_cold_s": [100.0]}
-    samples = {serve.OURS: mine, serve.INT8: mine, serve.BATCHING: half, serve.PEER: half}
+    slow = {name: [2.5] for name in mine} | {"start_s": [30.0], "start_cold_s": [300.0]}
+    peers = {"vllm-bfloat16": slow, "vllm-float32": half}
+    samples = {serve.OURS: mine, serve.INT8: mine, serve.BATCHING: half, **peers}
     found = serve.ratios(samples)
     assert serve.TARGETS.keys() <= found.keys()
     assert found["vs_vllm_c8"] == found["long_context_vs_vllm"] == 2.0
+    assert found["vs_vllm_bfloat16_c8"] == 21.0 / 2.5, "each is told, the faster one counts"
     assert (found["start_vs_vllm_cold"], found["start_vs_vllm_warm"]) == (20.0, 2.0)
 
 
@@ -185,13 +188,15 @@ def test_growth_is_told_from_noise() -> None:
     flat = [500.0 + (n * 7 % 5) for n in range(100)]
     grows = [500.0 + n for n in range(100)]
     warms = [300.0 + 20 * min(n, 10) for n in range(100)]
-    assert abs(serve_http.slope(tokens, flat, 0.2)) < 0.005
-    assert serve_http.slope(tokens, grows, 0.2) == pytest.approx(80 / 559.5, rel=0.02)
-    assert serve_http.slope(tokens, warms, 0.2) == pytest.approx(0.0)
+    assert abs(serve_long.slope(tokens, flat, 0.2)) < 0.005
+    assert serve_long.slope(tokens, grows, 0.2) == pytest.approx(80 / 559.5, rel=0.02)
+    assert serve_long.slope(tokens, warms, 0.2) == pytest.approx(0.0)
+    with pytest.raises(ValueError, match="too few"):
+        serve_long.slope([64.0], [500.0], 0.2)
 
 
 def test_arguments_name_what_they_refuse(capsys: pytest.CaptureFixture[str]) -> None:
-    assert serve.parse(["--sides", "roundhouse,vllm"]).sides == ["roundhouse", "vllm"]
+    assert serve.parse(["--sides", "roundhouse,transformers-cb"]).sides[1] == "transformers-cb"
     assert serve_http.parse(["--model", "/m", "--counts", "1,8"]).counts == [1, 8]
     for parse, wrong in ((serve.parse, "--sides=llama"), (serve_http.parse, "--counts=0")):
         with pytest.raises(SystemExit):
