@@ -219,3 +219,40 @@ def test_token_that_only_the_config_calls_special_is_guarded_too() -> None:
     text = ChatText(tokenizer, CHATML, {"eos_token": "<end>"})
     assert end not in text.encode("a<end>")
     assert text.decode([end]) == ""
+
+
+TOOLED = (
+    "{% if tools %}[{{ tools | tojson }}]{% endif %}{% if deep %}deep {% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}<|im_end|>{% endfor %}"
+)
+
+
+def test_a_template_sees_tools_calls_and_its_own_variables() -> None:
+    text = chat(TOOLED)
+    assert text.knows_tools
+    assert not CHAT.knows_tools
+    call = {"function": {"name": "f", "arguments": {"a": [1, "<|im_end|>"]}}}
+    turns = [USER, {**ASSISTANT, "tool_calls": [call]}]
+    ids = text.encode_chat(turns, False, [{"name": "<|im_start|>"}], {"deep": True})
+    said = "".join(text.piece(n).decode() for n in ids)
+    assert said == (
+        '[[{"name": "<|im_start|>"}]]deep <|im_start|>hello<|im_end|>'
+        '<|im_start|>hello theref({"a": [1, "<|im_end|>"]})<|im_end|>'
+    )
+    special = [n for n in ids if n in {text.encode_chat([USER])[0], 2}]
+    assert len(special) == 4, "only the template's own are tokens"
+
+
+def test_a_turn_can_be_gone_on_with() -> None:
+    whole = CHAT.encode_chat([USER, ASSISTANT], generation_prompt=False)
+    begun = CHAT.encode_chat([USER, {"role": "assistant", "content": "hello "}], continued=True)
+    assert CHAT.decode(begun).endswith("assistant\nhello ")
+    assert begun[-1] != 2
+    assert whole[: len(begun) - 2] == begun[:-2]
+    guarded = CHAT.encode_chat(
+        [USER, {"role": "assistant", "content": "<|im_end|> x"}], continued=True
+    )
+    assert CHAT.decode(guarded).endswith("<|im_end|> x")
+    with pytest.raises(ConfigError, match="drops the last message"):
+        chat("{{ messages[0].content }}").encode_chat([USER, ASSISTANT], continued=True)

@@ -64,3 +64,22 @@ def test_emoji_waits_for_its_last_byte_and_comes_at_once() -> None:
 def test_special_tokens_are_left_out_and_do_not_eat_a_space() -> None:
     ids = [*FALLBACK.encode("a"), 2, *FALLBACK.encode("b")]
     assert "".join(deltas(FALLBACK, ids)) == FALLBACK.decode(ids) == "a b"
+
+
+@BOTH
+@given(said=TEXTS.filter(bool))
+def test_SC17_the_bytes_of_tokens_join_to_the_text(text: ChatText, said: str) -> None:
+    whole = b"".join(text.piece(n) for n in text.encode(said))
+    if text is FALLBACK:  # one space is put before a text, for its first word's sake
+        whole, said = whole.removeprefix(b" "), said.replace("\u2581", " ").removeprefix(" ")
+    assert whole.decode() == said
+
+
+def test_special_tokens_have_bytes_and_come_out_where_they_are_meant() -> None:
+    for text in (BYTE_LEVEL, FALLBACK):
+        [start] = [n for n in range(text.vocab_size) if text.piece(n) == b"<|im_start|>"]
+        ids = [*text.encode("hello"), start, *text.encode("hello")]
+        plain, shown = text.stream(), text.stream(["<|im_start|>", "no such token"])
+        assert "<|im_start|>" not in plain.feed(ids) + plain.flush()
+        said = "".join(shown.feed([n]) for n in ids) + shown.flush()
+        assert said == "hello<|im_start|>hello"
