@@ -30,6 +30,9 @@ class Follower(Rank):
     def _cache_made(self, cache: KVCache) -> None:
         """Its blocks are rank 0's to hand out."""
 
+    def _ready(self, model: LoadedModel) -> None:
+        """Have nothing more to make: rank 0 samples."""
+
     def _loaded(self, version: str, model: LoadedModel) -> None:
         """Rank 0 says when it is computed."""
 

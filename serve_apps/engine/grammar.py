@@ -131,7 +131,7 @@ class Matcher:
 
 
 class Grammars:
-    """The token table of one version's tokenizer, built at the first grammar, and its matchers."""
+    """The token table of one version's tokenizer, and the matchers of its requests."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
@@ -142,8 +142,8 @@ class Grammars:
     def tokenizer(self) -> Any:
         """The version's ``LLTokenizer``.
 
-        The first call builds it: half a second for 50k tokens, in which the process's other
-        threads stand still.
+        The first call builds it, unless another version has the same: half a second for 50k
+        tokens, in which the process's other threads stand still.
         """
         with self._lock:
             if self._tokenizer is None:
@@ -165,16 +165,21 @@ class Grammars:
 
 
 def _token_table(directory: Path) -> Any:
-    from llguidance import LLTokenizer
-
     from cluster.text.chat import ChatText
 
     text = ChatText.load(directory)
-    eos = list(text.eos_ids)
     try:
-        return LLTokenizer(text.tokenizer_json(), eos_token=eos or None)
+        return _table_of(text.tokenizer_json(), text.eos_ids)
     except ValueError as error:
         raise ConfigError(f"{directory}: its tokenizer cannot enforce grammars: {error}") from None
+
+
+@functools.lru_cache(maxsize=2)
+def _table_of(tokenizer: str, eos_ids: tuple[int, ...]) -> Any:
+    """Return the table of a tokenizer: the versions of one model nearly always share it."""
+    from llguidance import LLTokenizer
+
+    return LLTokenizer(tokenizer, eos_token=list(eos_ids) or None)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import socket
@@ -10,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import EngineError
+from cluster.errors import ConfigError, EngineError
 from serve_apps.engine.rank import Rank
 from serve_apps.engine.scheduler import Picked, Running, Scheduler, Step
 from serve_apps.engine.wire import RankSpec, Told, unpack_sampling
@@ -130,6 +131,14 @@ class Leader(Rank):
             spec.prefix_cache,
             spec.prompt_lookup,
         )
+
+    def _ready(self, model: LoadedModel) -> None:
+        from serve_apps.engine.grammar import Grammars
+
+        # Not at the first grammar: all answers would stand still for it. A model without a
+        # tokenizer, and one that cannot enforce grammars, says so to whoever asks for one.
+        with contextlib.suppress(ConfigError):
+            _ = Grammars(str(model.directory)).tokenizer
 
     def _loaded(self, version: str, model: LoadedModel) -> None:
         from serve_apps.engine.grammar import Grammars

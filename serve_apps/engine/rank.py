@@ -187,6 +187,7 @@ class Rank(ABC):
             )
         )
         group.all_or_none(lambda: model.prepare(spec.step_timeout_s))
+        self._ready(model)
         trim()
         length = min(spec.max_model_len, model.context or spec.max_model_len)
         cache = self._cache
@@ -214,6 +215,10 @@ class Rank(ABC):
     @abstractmethod
     def _cache_made(self, cache: KVCache) -> None:
         """Take note of a new cache, under the lock."""
+
+    @abstractmethod
+    def _ready(self, model: LoadedModel) -> None:
+        """Do what takes time before a version is there, on the loader's thread."""
 
     @abstractmethod
     def _loaded(self, version: str, model: LoadedModel) -> None:
