@@ -39,7 +39,7 @@ class StepPlan:
     number: int
     version: str
     decoding: int
-    """So many rows come first, one token each; prompt chunks follow."""
+    """So many rows come first, of requests that answer already; prompt chunks follow."""
     rows: tuple[Row, ...]
 
     def pack(self) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from array import array
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 
 from cluster.errors import ConfigError
@@ -50,5 +52,6 @@ def test_a_text_model_inside_another_is_found() -> None:
 
 
 def test_a_plan_survives_the_wire() -> None:
-    plan = StepPlan(7, "m@3", 1, (Row(0, 4, [9], True), Row(2, 0, [1, 2, 3], False)))
-    assert StepPlan.unpack(json.loads(json.dumps(plan.pack()))) == plan
+    rows = (Row(array("i", [3, 70_000]), 17, [9], 1), Row(array("i", [0]), 0, [1, 2, 3], 0))
+    plan = StepPlan(7, "m@3", 1, rows)
+    assert StepPlan.unpack(msgpack.unpackb(msgpack.packb(plan.pack()))) == plan
