@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -138,17 +139,21 @@ def vllm_server(setup: Setup) -> contextlib.AbstractContextManager[Running]:
     return spawned("vllm-server", command, environ_of(setup), endpoint)
 
 
-def ray_serve_llm(setup: Setup) -> contextlib.AbstractContextManager[Running]:
+@contextlib.contextmanager
+def ray_serve_llm(setup: Setup) -> Iterator[Running]:
     """Serve with ray.serve.llm over vLLM's CPU build, in a Ray of its own."""
     port = free_port()
-    command = [
-        *(str(VLLM.python), "-m", "benchmarks.peers.ray_serve_llm"),
-        *("--model", str(setup.model), "--name", MODEL, "--dtype", peer_dtype(setup)),
-        *("--port", str(port), "--max-model-len", str(CONTEXT)),
-        *("--max-num-seqs", str(MAX_CONCURRENT)),
-    ]
     endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", MODEL, extra={"ignore_eos": True})
-    return spawned("ray-serve-llm", command, environ_of(setup), endpoint)
+    # short, because the path of a Unix socket is; deleted here, because a killed Ray leaves it
+    with TemporaryDirectory(prefix="rsl-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
+        command = [
+            *(str(VLLM.python), "-m", "benchmarks.peers.ray_serve_llm", "--scratch", scratch),
+            *("--model", str(setup.model), "--name", MODEL, "--dtype", peer_dtype(setup)),
+            *("--port", str(port), "--max-model-len", str(CONTEXT)),
+            *("--max-num-seqs", str(MAX_CONCURRENT)),
+        ]
+        with spawned("ray-serve-llm", command, environ_of(setup), endpoint) as running:
+            yield running
 
 
 def transformers_serve(setup: Setup) -> contextlib.AbstractContextManager[Running]:
