@@ -84,8 +84,17 @@ async def prepare(call: Call, text: ChatText, config: ModelConfig, max_model_len
         Prepared(ids, _room(ids, call, text, max_model_len, param), _echo(call, n, ids, text))
         for n, ids in enumerate(encoded)
     )
-    ends = () if call.ignore_eos else text.eos_ids
+    ends = () if call.ignore_eos or _scores_only(call) else text.eos_ids
     return Plan(prompts, sampling, tuple(dict.fromkeys((*ends, *call.stop_ids))), form)
+
+
+def _scores_only(call: Call) -> bool:
+    """Say whether a call wants the prompt's scores, with one token behind them to be dropped.
+
+    lm-evaluation-harness asks so, and drops the last score unseen: there must be one, also where
+    the model would end its answer at once.
+    """
+    return call.echo and call.max_tokens == 1 and call.sampling.logprobs is not None
 
 
 def form_of(text: ChatText, named: str) -> Form:

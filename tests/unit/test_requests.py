@@ -367,6 +367,15 @@ async def test_SC27_the_harness_scores_continuations() -> None:
         assert rolling.json()["usage"]["completion_tokens"] == 0
 
 
+async def test_SC27_a_model_that_would_end_at_once_is_scored_all_the_same() -> None:
+    async with stack(says="") as gate:
+        body = {"prompt": [[97, 98, 99, 100]], "temperature": 0, "max_tokens": 1, "logprobs": 1}
+        answered = (await gate.post(TEXT, echo=True, **body)).json()
+        assert harness_scores(answered, [2]) == [(-0.5, True)]
+        [plain] = (await gate.post(TEXT, **body)).json()["choices"]
+        assert (plain["text"], plain["finish_reason"]) == ("", "stop")
+
+
 async def test_SC27_the_harness_generates() -> None:
     async with stack() as gate:
         body = {"prompt": ["a"], "max_tokens": 5, "temperature": 0, "stop": ["o", "zz"], "seed": 1}
