@@ -136,12 +136,15 @@ inline vf gelu_tanh(vf x) {
     return splat(0.5f) * x * (splat(1.0f) + t);
 }
 
-// Sums of M rows times P neighbouring panels, over all of K.
-template <int M, int P, class T>
-inline void sums(const float *a, int64_t lda, const T *panel, int64_t k_count, vf acc[M][P * VN]) {
+// Sums of M rows times P neighbouring panels, over all of K. Meanwhile `ahead`, if not null, comes
+// from memory, as many bytes of it as a panel of U has.
+template <int M, int P, class U = float, class T>
+inline void sums(const float *a, int64_t lda, const T *panel, int64_t k_count, vf acc[M][P * VN],
+                 const U *ahead = nullptr) {
     for (int m = 0; m < M; m++)
         for (int v = 0; v < P * VN; v++) acc[m][v] = vf{};
     for (int64_t k = 0; k < k_count; k++) {
+        if (ahead) __builtin_prefetch(ahead + k * NR);
         vf w[P * VN];
         for (int p = 0; p < P; p++)
             for (int v = 0; v < VN; v++)
@@ -268,16 +271,20 @@ void few_rows(const float *a, int rows, const Matrix &w, int p, const Sink &sink
     });
 }
 
-// All groups of rows against one panel.
-template <class T>
+// All groups of rows against one panel; while the last is computed the next panel comes.
+template <class T, class U>
 void group_rows(const float *a, const Groups &groups, const Matrix &w, const T *panel, int p,
-                const Sink &sink) {
+                const Sink &sink, const U *next) {
     for (int g = 0; g < groups.count; g++) {
         const int r0 = groups.begin(g);
+        const float *rows = a + int64_t(r0) * w.inputs;
         with_rows(groups.size(g), [&](auto constant) {
             constexpr int M = constant;
             vf acc[M][VN];
-            sums<M, 1>(a + int64_t(r0) * w.inputs, w.inputs, panel, w.inputs, acc);
+            if (g + 1 < groups.count)
+                sums<M, 1>(rows, w.inputs, panel, w.inputs, acc);
+            else
+                sums<M, 1, U>(rows, w.inputs, panel, w.inputs, acc, next);
             for (int m = 0; m < M; m++) finish(w, sink, r0 + m, p, acc[m]);
         });
     }
@@ -285,19 +292,21 @@ void group_rows(const float *a, const Groups &groups, const Matrix &w, const T *
 
 // One panel for more rows than registers hold; widening a narrow one ahead pays from some rows on.
 template <class T>
-void many_rows(const float *a, int rows, const Matrix &w, int p, const Sink &sink,
+void many_rows(const float *a, int rows, const Matrix &w, int p, int next, const Sink &sink,
                std::vector<float> &wide) {
     const Groups groups(rows);
     const int64_t count = int64_t(w.inputs) * NR;
     const T *panel = static_cast<const T *>(w.data) + p * count;
+    // Among many groups the memory has time enough by itself.
+    const T *ahead = groups.count > 6 ? nullptr : static_cast<const T *>(w.data) + next * count;
     if constexpr (!std::is_same_v<T, float>) {
         if (groups.count > 2) {
             wide.resize(count);
             for (int64_t i = 0; i < count; i += W) store(&wide[i], load(panel + i));
-            return group_rows<float>(a, groups, w, wide.data(), p, sink);
+            return group_rows<float, T>(a, groups, w, wide.data(), p, sink, ahead);
         }
     }
-    group_rows<T>(a, groups, w, panel, p, sink);
+    group_rows<T, T>(a, groups, w, panel, p, sink, ahead);
 }
 
 template <class T>
@@ -312,7 +321,11 @@ void product_of(const float *a, int rows, const Matrix &w, const Sink &sink, Cou
         int p = task * span;
         const int end = p + span < panels ? p + span : panels;
         if (rows > MR) {
-            for (; p < end; p++) many_rows<T>(a, rows, w, p, sink, wide);
+            for (; p < end; p++) {
+                // Threads take tasks in turn, so this one's next is likely that far on.
+                int next = p + 1 < end ? p + 1 : end + span * (omp_get_num_threads() - 1);
+                many_rows<T>(a, rows, w, p, next < panels ? next : p, sink, wide);
+            }
         } else {
             for (; together == 4 && p + 4 <= end; p += 4) few_rows<4, T>(a, rows, w, p, sink);
             for (; together >= 2 && p + 2 <= end; p += 2) few_rows<2, T>(a, rows, w, p, sink);
