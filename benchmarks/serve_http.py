@@ -26,6 +26,7 @@ from benchmarks.harness import (
     end_properly,
     finish,
     median_ratio,
+    model_label,
     names_of,
 )
 from benchmarks.load import Burst, stream
@@ -81,7 +82,7 @@ def main() -> int:
             samples[name] = {"ready_s": [running.ready_s]}
             samples[name] |= asyncio.run(measure(name, running, asked, args))
     config = {
-        "model": args.model.parent.parent.name if args.model.name.isdigit() else args.model.name,
+        "model": model_label(args.model),
         "questions": source,
         "new_tokens": args.new_tokens,
         "concurrency": args.counts,

@@ -21,6 +21,7 @@ from benchmarks.harness import (
     default_model,
     end_properly,
     finish,
+    model_label,
 )
 from benchmarks.load import stream
 from benchmarks.servers import Running, Setup, ours
@@ -49,7 +50,7 @@ def main() -> int:
         samples = asyncio.run(long_run(running, asked, args))
     growth = slope(samples["tokens_so_far"], samples["rss_mib"], WARM_SHARE)
     config = {
-        "model": model.parent.parent.name if model.name.isdigit() else model.name,
+        "model": model_label(model),
         "questions": source,
         "tokens": args.tokens,
         "new_tokens": NEW_TOKENS,

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ClientLoad, arguments, default_model, finish
+from benchmarks.harness import ClientLoad, arguments, default_model, finish, model_label
 
 DECODING = (1, 8, 32, 64)
 CONTEXT = 128
@@ -173,7 +173,7 @@ def main() -> int:
     step = statistics.median(mine[f"prefill{PREFILL}_step_ms"]) / 1e3
     ratios["product_share_prefill"] = PREFILL * flops / step / peak
     config = {
-        "model": args.model.parent.parent.name if args.model.name.isdigit() else args.model.name,
+        "model": model_label(args.model),
         "dtype": args.dtype,
         "quantization": args.quantization,
         "context": CONTEXT,

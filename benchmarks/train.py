@@ -32,6 +32,7 @@ from benchmarks.harness import (
     default_model,
     finish,
     median_ratio,
+    model_label,
     reply,
 )
 
@@ -286,7 +287,7 @@ def main() -> int:
         f"vs_hf_deepspeed_{name}": median_ratio(samples, "useful_tokens_per_s", OURS, TRAINER)
     }
     config = {
-        "model": model.parent.parent.name if model.name.isdigit() else model.name,
+        "model": model_label(model),
         "data": name,
         "ranks": RANKS,
         "max_len": MAX_LEN,

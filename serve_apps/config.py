@@ -67,7 +67,7 @@ class Limits(Frozen):
     stream_chunks_per_s: NonNegativeInt | None = None
     """Chunks that a replica sends in a second, over all its streams: where they are many, chunks
     come later and are longer, the first of each excepted. By default 100 for each core of its
-    node, since a chunk costs proxy, gateway and replica a millisecond together; 0: no bound."""
+    node, since each chunk costs proxy, gateway and replica time of theirs; 0: no bound."""
 
 
 class Fake(Frozen):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,9 +27,6 @@ from serve_apps.engine.torch_attention import TorchPlan, attend_rows
 
 NAME = "roundhouse"
 _current = threading.local()
-
-Kernel = Callable[..., torch.Tensor]
-"""Does what `attend_torch` does, with its arguments."""
 
 
 @dataclass(slots=True)
@@ -48,8 +45,6 @@ class AttentionPlan:
     """Tokens of each row."""
     t0_R: torch.Tensor
     """Where each row's tokens begin among the T."""
-    kernel: Kernel | None = None
-    """Computes instead of `attend_torch` where one is set."""
     layers_called: list[int] = field(default_factory=list)
     _torch: TorchPlan | None = None
 
@@ -117,28 +112,10 @@ def attend(
     layer = int(module.layer_idx)
     plan.layers_called.append(layer)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    compute = plan.kernel or attend_torch
-    out_THE = compute(plan, layer, query, key, value, scale, sliding_window, softcap, s_aux)
+    out_THE = attend_rows(
+        plan.for_torch, layer, query, key, value, scale, sliding_window, softcap, s_aux
+    )
     return out_THE[None], None
-
-
-def attend_torch(
-    plan: AttentionPlan,
-    layer: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Store keys and values in their blocks, then attend; ``[T, H, E]``.
-
-    ``window``: each token sees itself and so many less one before it. ``softcap`` bounds scores
-    by a tanh (Gemma 2). ``sinks`` ``[H]``: one more score for each head, without a value.
-    """
-    return attend_rows(plan.for_torch, layer, query, key, value, scale, window, softcap, sinks)
 
 
 def register() -> None:

@@ -142,8 +142,8 @@ class Grammars:
     def tokenizer(self) -> Any:
         """The version's ``LLTokenizer``.
 
-        The first call builds it, unless another version has the same: half a second for 50k
-        tokens, in which the process's other threads stand still.
+        The first call builds it, unless another version has the same; meanwhile the
+        process's other threads stand still.
         """
         with self._lock:
             if self._tokenizer is None:

@@ -163,7 +163,7 @@ class LoadedModel:
         steps += [[Row([0], 0, ids[:1], 1), Row(blocks, len(ids) - 1, ids[-1:], 1)]]
         try:
             for n, rows in enumerate(steps):
-                plan = StepPlan(n, "", 0, tuple(rows))
+                plan = StepPlan(n, "", tuple(rows))
                 attending = attention.plan(plan, cache)
                 logits = self.forward(plan, attending)
         except RoundhouseError as error:

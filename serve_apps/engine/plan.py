@@ -38,21 +38,19 @@ class StepPlan:
 
     number: int
     version: str
-    decoding: int
-    """So many rows come first, of requests that answer already; prompt chunks follow."""
     rows: tuple[Row, ...]
 
     def pack(self) -> dict[str, Any]:
         """Return plain data for the other ranks; ``unpack`` is its inverse."""
         # Tables travel as bytes: they are most of the message and nobody looks into them.
         rows = [(table(r.blocks).tobytes(), r.start, list(r.ids), r.logits) for r in self.rows]
-        return {"t": "step", "n": self.number, "v": self.version, "d": self.decoding, "r": rows}
+        return {"t": "step", "n": self.number, "v": self.version, "r": rows}
 
     @classmethod
     def unpack(cls, message: dict[str, Any]) -> StepPlan:
         """Return the plan that ``pack`` turned into ``message``."""
         rows = tuple(Row(array("i", blocks), *rest) for blocks, *rest in message["r"])
-        return cls(message["n"], message["v"], message["d"], rows)
+        return cls(message["n"], message["v"], rows)
 
 
 def table(blocks: Sequence[int]) -> array[int]:

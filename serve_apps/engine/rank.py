@@ -89,7 +89,8 @@ class Rank(ABC):
             self._load_jobs()
 
         threading.Thread(target=load, name="loader", daemon=True).start()
-        ready.wait()  # nothing that can block stands before it is set
+        if not ready.wait(LEAVE_S):  # nothing that can block stands before it is set
+            raise EngineError(f"the loader's thread did not start within {LEAVE_S:.0f} s")
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(self._spec.threads or max(1, cores // self._spec.num_ranks))
 

@@ -168,7 +168,11 @@ def attend_rows(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Do what `attention.attend_torch` promises."""
+    """Store a layer's keys and values in their blocks, then attend; ``[T, H, E]``.
+
+    ``window``: each token sees itself and so many less one before it. ``softcap`` bounds scores
+    by a tanh (Gemma 2). ``sinks`` ``[H]``: one more score for each head, without a value.
+    """
     keys, values = plan.cache.layers[layer]
     if plan.fresh is not None:
         keys.index_fill_(0, plan.fresh, 0)

@@ -105,7 +105,7 @@ def test_logprobs_are_those_of_a_plain_forward_sc17(model: LoadedModel) -> None:
     (answer,) = LocalRank(model, budget=16).run([EngineRequest("r", tuple(prompt), 9, SCORED)])
     assert answer.prompt
     ids = prompt + answer.ids
-    plan = StepPlan(1, "", 0, (Row(range(9), 0, ids, len(ids)),))
+    plan = StepPlan(1, "", (Row(range(9), 0, ids, len(ids)),))
     rank = LocalRank(model)
     logits = model.forward(plan, attention.plan(plan, rank.cache))
     wanted = torch.log_softmax(logits.float(), dim=-1)

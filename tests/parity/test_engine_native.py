@@ -119,7 +119,7 @@ def logits_of(model: LoadedModel, chunks: list[tuple[Row, ...]]) -> list[torch.T
             part.fill_(float("nan"))
     out = []
     for n, rows in enumerate(chunks):
-        plan = StepPlan(n, "", 0, rows)
+        plan = StepPlan(n, "", rows)
         out.append(model.forward(plan, attention.plan(plan, cache)))
     return out
 

@@ -152,7 +152,7 @@ def test_attention_cost_follows_each_requests_own_length() -> None:
     long = Row(range(50), 790, [1], 1)
     short = [Row([50 + i], i, [1], 1) for i in range(4)]
     chunk = Row(range(60, 70), 100, [1] * 40, 0)
-    plan = attention.plan(StepPlan(1, "", 5, (short[0], long, *short[1:], chunk)), cache)
+    plan = attention.plan(StepPlan(1, "", (short[0], long, *short[1:], chunk)), cache)
     laid_out = plan.for_torch
     tokens = [(g.tokens_R.tolist(), g.mask_RK.shape[1]) for g in laid_out.groups(None)]
     assert tokens == [([1], 50 * 16), ([0, 2, 3, 4], 16)]

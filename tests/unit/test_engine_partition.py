@@ -53,5 +53,5 @@ def test_a_text_model_inside_another_is_found() -> None:
 
 def test_a_plan_survives_the_wire() -> None:
     rows = (Row(array("i", [3, 70_000]), 17, [9], 1), Row(array("i", [0]), 0, [1, 2, 3], 0))
-    plan = StepPlan(7, "m@3", 1, rows)
+    plan = StepPlan(7, "m@3", rows)
     assert StepPlan.unpack(msgpack.unpackb(msgpack.packb(plan.pack()))) == plan

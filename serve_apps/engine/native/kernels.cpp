@@ -182,9 +182,9 @@ struct Counters {
     int32_t next(size_t phase) { return taken[phase].fetch_add(1, std::memory_order_relaxed); }
 };
 
-// Where the threads of a step meet, some hundred times in it. OpenMP's own barrier spins for a
-// millisecond; whoever waits here gives the core away after microseconds. On a machine that has
-// other work, the thread that all wait for may be the one that needs that core.
+// Where the threads of a step meet, some hundred times in it. OpenMP's own barrier spins on
+// for long; whoever waits here soon gives the core away. On a machine that has other work, the
+// thread that all wait for may be the one that needs that core.
 class Meeting {
     std::atomic<int32_t> arrived{0}, round{0};
 
