@@ -253,7 +253,7 @@ SIDES: Mapping[str, Callable[[Setup], tuple[float, Answer]]] = {
 }
 SKIPS = {
     INT8: ("c8", "c32", "c64", f"mix_c{MIX}", f"long_c{LONG}"),
-    BATCHING: ("c64",),
+    BATCHING: ("c64", f"long_c{LONG}"),
     GENERATE: ("c64", f"mix_c{MIX}", f"long_c{LONG}"),
 }
 """Workloads that cost a side minutes and answer no question."""
