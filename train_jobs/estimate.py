@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from train_jobs.config import FinetuneConfig
-from train_jobs.data.dataset import Dataset, trained_in
+from train_jobs.data.dataset import Dataset
+from train_jobs.data.example import trained_in
 
 if TYPE_CHECKING:
     from cluster.library.manifest import Architecture
@@ -78,7 +79,7 @@ def _activations(architecture: Architecture, config: FinetuneConfig, data: Datas
     per_layer = max(0, (architecture.parameters or 0) - embeddings) // layers
     attention = 2 * hidden * heads * head_dim + 2 * hidden * keys
     inner = max(0, per_layer - attention) // (3 * hidden)
-    longest = max(sum(len(document.ids) for document in row) for row in data.rows)
+    longest = max(sum(example.tokens for example in row) for row in data.rows)
     return config.batch.micro * longest * layers * (6 * hidden + 4 * keys + 4 * inner)
 
 

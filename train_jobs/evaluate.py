@@ -1,29 +1,49 @@
-"""Held-out loss: the mean negative log-likelihood of a trained token, before and after a run."""
+"""What a model makes of held-out rows, before, during and after a run."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from train_jobs.data.dataset import Dataset
-from train_jobs.objectives.sft import collate, nll_sum
-from train_jobs.ports import World, sum_over_ranks
+from train_jobs.objectives.base import Objective
+from train_jobs.outcome import Outcome
+from train_jobs.ports import World
 
 
-def heldout_loss(engine: Any, data: Dataset, world: World) -> float:
-    """Return the token mean over all rows of ``data``, in nats; every rank calls it.
+def evaluate(
+    engine: Any, objective: Objective, data: Dataset, world: World, seed: int = 0
+) -> dict[str, float]:
+    """Return the objective's figures for all rows of ``data``; every rank calls it and gets them.
 
-    Parameters, gradients and random state stay as they are; no logits are kept. Every rank runs
-    equally many passes, because under ZeRO 3 a pass gathers parameters from all of them.
+    Parameters, gradients and random state stay as they are.
+    """
+    return objective.score(outcomes(engine, objective, data, world, seed))
+
+
+def outcomes(
+    engine: Any, objective: Objective, data: Dataset, world: World, seed: int = 0
+) -> list[Outcome]:
+    """Return every example's outcome, in the order of the data, on every rank.
+
+    Every rank runs equally many passes, because under ZeRO 3 a pass gathers parameters from all
+    of them; a rank without a row runs the first one for nothing. No logits are kept.
     """
     import torch
+    import torch.distributed as dist
 
     training = engine.module.training
     engine.eval()
-    nll = 0.0
+    mine: list[tuple[int, list[Outcome]]] = []
     with torch.no_grad():
         for first in range(0, len(data.rows), world.size):
-            row = data.rows[first + world.rank : first + world.rank + 1]
-            nll += float(nll_sum(engine, collate(row[0] if row else (), engine.device)))
+            number = first + world.rank
+            row = data.rows[number if number < len(data.rows) else 0]
+            keys = [f"{seed}/heldout/{number}/{at}" for at in range(len(row))]
+            found = objective.outcomes(engine, objective.collate(row, keys, engine.device), row)
+            if number < len(data.rows):
+                mine.append((number, found))
     engine.train(training)
-    total, tokens = sum_over_ranks([nll, float(data.trained_tokens) if world.rank == 0 else 0.0])
-    return total / tokens
+    every: list[Any] = [None] * world.size
+    dist.all_gather_object(every, mine)
+    ordered = sorted((entry for share in every for entry in share), key=lambda entry: entry[0])
+    return [outcome for _, found in ordered for outcome in found]

@@ -181,7 +181,7 @@ def line(record: Mapping[str, Any]) -> str:
                 f"trained), {record['steps']} steps"
             )
         case "evaluated":
-            return f"held-out loss {record['when']}: {record['loss']:.4f}"
+            return _held_out(record)
         case "checkpoint":
             return f"checkpoint at step {record['step']}: {record['path']}"
         case "resumed":
@@ -192,6 +192,16 @@ def line(record: Mapping[str, Any]) -> str:
             return f"published {record['ref']}"
         case other:
             return str(other)
+
+
+def _held_out(record: Mapping[str, Any]) -> str:
+    others = [
+        f"{name.replace('_', ' ')} {value:.4f}"
+        for name, value in record.items()
+        if name not in ("loss", "event", "when", "time") and isinstance(value, float)
+    ]
+    beside = f" ({', '.join(others)})" if others else ""
+    return f"held-out loss {record['when']}: {record['loss']:.4f}{beside}"
 
 
 def _trained(record: Mapping[str, Any]) -> str:

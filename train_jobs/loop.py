@@ -1,9 +1,9 @@
 """The step loop. DeepSpeed owns parameters, gradients and optimiser state; this owns the order.
 
-The loss of a step is the mean over the trained tokens of its *global* batch. DeepSpeed averages
-over micro-batches and over ranks, which would weigh a row with one trained token like a row with
-sixty; so each micro-batch contributes ``sum of nll / trained tokens of the global batch`` times
-the two counts that DeepSpeed will divide by.
+The loss of a step is the mean over the terms of its *global* batch: its trained tokens, rows or
+pairs. DeepSpeed averages over micro-batches and over ranks, which would weigh a row with one
+trained token like a row with sixty; so each micro-batch contributes ``sum of losses / terms of
+the global batch`` times the two counts that DeepSpeed will divide by.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.errors import JobError
 from train_jobs.config import FinetuneConfig
-from train_jobs.data.dataset import Dataset, Document, trained_in
-from train_jobs.data.order import Order
-from train_jobs.objectives.sft import collate, nll_sum
+from train_jobs.data.dataset import Dataset
+from train_jobs.data.example import Example, trained_in
+from train_jobs.data.order import Order, Seat
+from train_jobs.objectives.base import Loss, Objective, Stepwise
 from train_jobs.ports import World, sum_over_ranks
 from train_jobs.progress import START, Progress
 from train_jobs.schedule import lr_at
@@ -26,6 +28,7 @@ from train_jobs.schedule import lr_at
 def train(
     engine: Any,
     config: FinetuneConfig,
+    objective: Objective,
     data: Dataset,
     order: Order,
     world: World,
@@ -42,54 +45,65 @@ def train(
             none is left waiting in a collective, and nothing is saved after it.
     """
     engine.train()
-    started, progress = time.monotonic(), since
+    started, progress, accumulate = time.monotonic(), since, config.accumulate
     while progress.step < order.steps and not progress.stopped:
         began, step = time.monotonic(), progress.step
         seed_step(config.run.seed, step, world.rank)
-        lr = lr_at(step, order.steps, config.optim)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
-        batch = list(documents_of(data, order.step(step)))
-        tokens = trained_in(batch)
-        summed, whole, stopped = 0.0, None, False
-        shares = [
-            order.micro_batches(step, rank, world.size, config.batch.micro)
-            for rank in range(world.size)
+        lr = set_rate(engine, lr_at(step, order.steps, config.optim))
+        mine = [
+            Micro.of(seats, data, objective, config.run.seed, engine.device)
+            for seats in order.micro_batches(step, world.rank, world.size, config.batch.micro)
         ]
-        for rows in zip(*shares, strict=True):  # what each rank runs now
-            mine = list(documents_of(data, rows[world.rank]))
-            nll = nll_sum(engine, collate(mine, engine.device))
-            total, stopped = agree(nll, rows, step, data, world)
-            summed += total
-            engine.backward(nll / tokens * world.size * config.accumulate)
+        if isinstance(objective, Stepwise):
+            batches = objective.step(engine, [m.batch for m in mine], [m.share for m in mine])
+            mine = [replace(m, batch=batch) for m, batch in zip(mine, batches, strict=True)]
+        weight, stop = sum_over_ranks([sum(m.weight for m in mine), float(world.should_stop())])
+        summed, whole = [0.0] * (1 + 2 * len(objective.figures)), None
+        for micro in mine:
+            loss = objective.loss(engine, micro.batch)
+            told = agree(loss, micro, objective, step, data, world)
+            summed = [a + b for a, b in zip(summed, told, strict=True)]
+            # undone by DeepSpeed's two averages, over micro-batches and over ranks
+            engine.backward(loss.total * (micro.share / weight * world.size * accumulate))
             whole = gradient_norm(engine)
             engine.step()  # a step of the optimiser on the last micro-batch only
         norm = float(engine.get_global_grad_norm() or 0.0) if whole is None else whole
         if not math.isfinite(norm):
             raise JobError(f"step {step + 1}: the gradient norm is {norm}; lower optim.lr")
         now = time.monotonic()
+        before = progress
+        examples, _ = drawn(data, [seat for seat in order.step(step) if seat], 0)
         progress = Progress(
             step=step + 1,
-            tokens=progress.tokens + sum(len(document.ids) for document in batch),
-            trained_tokens=progress.trained_tokens + tokens,
+            tokens=progress.tokens + sum(example.tokens for example in examples),
+            trained_tokens=progress.trained_tokens + trained_in(examples),
             seconds=since.seconds + now - started,
-            loss=summed / tokens,
-            stopped=stopped,
+            loss=summed[0] / weight,
+            stopped=bool(stop),
         )
+        figures = zip(objective.figures, summed[1::2], summed[2::2], strict=True)
         metrics = {
-            "loss": summed / tokens,
+            "loss": summed[0] / weight,
+            **{name: total / count for name, total, count in figures if count},
             "lr": lr,
             "grad_norm": norm,
             "tokens_per_s": (progress.tokens - since.tokens) / (now - started),
-            "trained_tokens": tokens,
+            "trained_tokens": progress.trained_tokens - before.trained_tokens,
             "step_s": now - began,
             "eta_s": (order.steps - step - 1) * (now - started) / (step + 1 - since.step),
         }
         world.report({"step": step + 1, "steps": order.steps, **metrics})
         every = config.run.save_every
-        if stopped or (every and progress.step % every == 0):
+        if stop or (every and progress.step % every == 0):
             save(progress, metrics)
     return progress
+
+
+def set_rate(engine: Any, lr: float) -> float:
+    """Give every parameter this learning rate, and return it."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -99,31 +113,72 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
 
 
-def documents_of(data: Dataset, rows: Sequence[int | None]) -> Iterable[Document]:
-    """Yield the documents of some rows; a place past the last epoch holds none."""
-    return (document for row in rows if row is not None for document in data.rows[row])
+@dataclass(frozen=True)
+class Micro:
+    """What one rank runs in one micro-step."""
+
+    batch: Any
+    share: float
+    """1, or 0 for a rank that has no row left: it runs one for nothing, because the others wait
+    for it in their collectives."""
+    seats: Sequence[Seat | None]
+
+    @classmethod
+    def of(
+        cls, seats: Sequence[Seat | None], data: Dataset, objective: Objective, seed: int, on: Any
+    ) -> Micro:
+        """Collate the rows of some seats."""
+        taken = [seat for seat in seats if seat]
+        examples, keys = drawn(data, taken or [Seat(0, 0)], seed)
+        return cls(objective.collate(examples, keys, on), float(bool(taken)), seats)
+
+    @property
+    def weight(self) -> float:
+        """Terms of the loss."""
+        return float(self.batch.weight) * self.share
+
+
+def drawn(data: Dataset, seats: Iterable[Seat], seed: int) -> tuple[list[Example], list[str]]:
+    """Return the examples of some seats, and for each a key that no other place in the run has."""
+    found = [
+        (example, f"{seed}/{seat.epoch}/{seat.row}/{at}")
+        for seat in seats
+        for at, example in enumerate(data.rows[seat.row])
+    ]
+    return [example for example, _ in found], [key for _, key in found]
 
 
 def agree(
-    nll: Any, rows: Sequence[Sequence[int | None]], step: int, data: Dataset, world: World
-) -> tuple[float, bool]:
+    loss: Loss, micro: Micro, objective: Objective, step: int, data: Dataset, world: World
+) -> list[float]:
     """Exchange what all ranks must know before they enter the backward pass together.
 
-    ``rows`` are those of each rank. Returns the loss summed over tokens and ranks, and whether
-    the run is to end after this step.
+    Returns the summed loss of all ranks, then sum and weight of each figure. JobError, on every
+    rank, where one of them has a loss that is not a finite number.
     """
-    value = float(nll.detach())
+    value = float(loss.total.detach())
     bad = [0.0] * world.size
     bad[world.rank] = float(not math.isfinite(value))
-    told = sum_over_ranks([0.0 if any(bad) else value, float(world.should_stop()), *bad])
-    for rank, flag in enumerate(told[2:]):
+    figures = [number * micro.share for n in objective.figures for number in loss.figures[n]]
+    told = sum_over_ranks([0.0 if any(bad) else value * micro.share, *figures, *bad])
+    for rank, flag in enumerate(told[-world.size :]):
         if flag:
-            seen = ", ".join(document.where for document in documents_of(data, rows[rank]))
+            place = seen_by(rank, micro, data, world)
             raise JobError(
-                f"step {step + 1}: the loss on rank {rank} is not a finite number, in the rows "
-                f"{seen}; nothing is saved after it. Lower optim.lr, or look at these rows"
+                f"step {step + 1}: the loss on rank {rank} is not a finite number{place}; nothing "
+                "is saved after it. Lower optim.lr, or look at these rows"
             )
-    return told[0], told[1] > 0
+    return told[: -world.size]
+
+
+def seen_by(rank: int, micro: Micro, data: Dataset, world: World) -> str:
+    """Return which rows a rank has in hand, from that rank to all."""
+    import torch.distributed as dist
+
+    examples, _ = drawn(data, [seat for seat in micro.seats if seat], 0)
+    told = [", ".join(example.where for example in examples)]
+    dist.broadcast_object_list(told, src=rank)
+    return f", in the rows {told[0]}" if told[0] else ""
 
 
 def gradient_norm(engine: Any) -> float | None:

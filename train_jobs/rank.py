@@ -21,6 +21,7 @@ from train_jobs.task import Task, config_hash
 
 if TYPE_CHECKING:
     from cluster.library.manifest import Facts
+    from train_jobs.objectives.base import Objective
 
 
 def run_rank(
@@ -119,6 +120,7 @@ class Fit:
     run: RunDir
     world: World
     engine: Any
+    objective: Objective
     record: Mapping[str, Any]
     """What DeepSpeed really runs, checked against the configuration."""
     started: float
@@ -142,10 +144,14 @@ class Fit:
     ) -> Fit:
         """Load the base, and a checkpoint if one was found, into an engine; report it."""
         from train_jobs.loop import check_engine
+        from train_jobs.objectives.base import Ahead
 
         config = task.config
-        engine = build_engine(task.base.path, config, device)
+        settled = config.model_copy(update={"objective": task.objective})
+        engine, objective = build_engine(task.base.path, settled, device)
         record = check_engine(engine, config, device.dtype, world)
+        if isinstance(objective, Ahead):
+            objective.before(engine, task.train, task.heldout, run, world)
         if found:
             checkpoint.load(engine, found[0], adapter=config.adapter is not None)
         data = {
@@ -158,11 +164,12 @@ class Fit:
         ready = {"event": "ready", "device": device.name, "seconds": seconds}
         world.report({**ready, **record, **data})
         if not found:
-            return cls(task, run, world, engine, record, started, START, 0.0, {})
+            return cls(task, run, world, engine, objective, record, started, START, 0.0, {})
         path, meta = found
         world.report({"event": "resumed", "step": meta.step, "path": str(path)})
         since, losses = meta.progress, dict(meta.losses)
-        return cls(task, run, world, engine, record, started, since, meta.seconds, losses)
+        before = meta.seconds
+        return cls(task, run, world, engine, objective, record, started, since, before, losses)
 
     @property
     def seconds(self) -> float:
@@ -175,18 +182,26 @@ class Fit:
 
         task = self.task
         return train(
-            self.engine, task.config, task.train, task.order, self.world, self.save, self.since
+            self.engine,
+            task.config,
+            self.objective,
+            task.train,
+            task.order,
+            self.world,
+            self.save,
+            self.since,
         )
 
     def evaluate(self, when: str) -> None:
         """Measure the held-out rows, if there are any."""
-        from train_jobs.evaluate import heldout_loss
+        from train_jobs.evaluate import evaluate
 
         if self.task.heldout is None:
             return
-        loss = heldout_loss(self.engine, self.task.heldout, self.world)
-        self.world.report({"event": "evaluated", "when": when, "loss": loss})
-        self.losses[f"heldout_loss_{when}"] = loss
+        seed = self.task.config.run.seed
+        figures = evaluate(self.engine, self.objective, self.task.heldout, self.world, seed)
+        self.world.report({"event": "evaluated", "when": when, **figures})
+        self.losses |= {f"heldout_{name}_{when}": value for name, value in figures.items()}
 
     def save(self, progress: Progress, metrics: Mapping[str, float]) -> None:
         """Write a checkpoint, and announce it."""
@@ -221,6 +236,7 @@ class Fit:
             facts,
             self.world.rank,
             adapter=config.adapter is not None,
+            head=config.objective.head,
         )
         if version is None:
             return None
@@ -228,37 +244,25 @@ class Fit:
         return version.ref
 
 
-def build_engine(base: Path, config: FinetuneConfig, device: Device) -> Any:
-    """Return DeepSpeed's engine around the base, with its adapter and packed attention."""
+def build_engine(base: Path, config: FinetuneConfig, device: Device) -> tuple[Any, Objective]:
+    """Return DeepSpeed's engine around the base and its adapter, and the objective that asks it."""
+    import torch
+
     from train_jobs.adapters import attach, inner
-    from train_jobs.attention import use_packed_attention
     from train_jobs.group import open_engine, seed_everything
+    from train_jobs.objectives.open import open_objective
 
     rendered = config.deepspeed(device.dtype, on_gpu=device.name != "cpu")
     seed_everything(config.run.seed)
-    model = load_model(base, device, rendered)
+    objective = open_objective(config)
+    with divided(rendered):
+        model = objective.load(base, getattr(torch, device.dtype)).to(device.name)
     if config.adapter:
         model = attach(model, config.adapter)
     engine = open_engine(model, rendered, config.optim)
     # ZeRO 3 can run a model only once the engine is there to gather its parameters
-    use_packed_attention(inner(engine.module))
-    return engine
-
-
-def load_model(base: Path, device: Device, rendered: Mapping[str, Any]) -> Any:
-    """Load the base in the run's number format on the run's device, divided under ZeRO 3."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with divided(rendered):
-        model = AutoModelForCausalLM.from_pretrained(
-            base,
-            # always said: the default is the file's own format, and DeepSpeed does not check
-            dtype=getattr(torch, device.dtype),
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    return model.to(device.name)
+    objective.prepare(inner(engine.module))
+    return engine, objective
 
 
 @contextmanager
@@ -280,9 +284,7 @@ def lineage(task: Task, run: RunDir, losses: Mapping[str, float], revision: str 
     from cluster.library.manifest import Facts, Lineage
     from train_jobs.adapters import note
 
-    hashes = {task.config.data.train.name: task.train.sha256}
-    if task.heldout and task.config.data.heldout:
-        hashes[task.config.data.heldout.name] = task.heldout.sha256
+    hashes = {**task.train.hashes, **(task.heldout.hashes if task.heldout else {})}
     old, adapter = task.base.manifest, task.config.adapter
     made = [f"fine-tuned from {task.base.ref} by {run.id}"]
     if adapter:

@@ -12,8 +12,9 @@ import torch
 from tests.parity.engine_fixtures import VOCAB, save_tiny
 from tests.parity.training_fixtures import base, documents
 from train_jobs.attention import NAME, Layout, use_packed_attention
-from train_jobs.data.dataset import Document
-from train_jobs.objectives.sft import collate, common_prefix, nll_sum
+from train_jobs.data.example import Document
+from train_jobs.objectives.head import Head, nll
+from train_jobs.objectives.packed import Packed, common_prefix, pack_documents
 
 pytestmark = pytest.mark.parity
 __all__ = ["base"]
@@ -30,13 +31,21 @@ def load(directory: Path, packed: bool = True) -> Any:
     return model
 
 
+HEADS: dict[int, Head] = {}
+
+
+def nll_sum(model: Any, batch: Packed) -> torch.Tensor:
+    head = HEADS.get(id(model)) or HEADS.setdefault(id(model), Head(model))
+    return head.total(model, batch.inputs, nll, batch.targets_K)[0]
+
+
 @pytest.fixture(scope="module")
 def model(base: Path) -> Any:
     return load(base)
 
 
 def logits(model: Any, made: Sequence[Document], layout: Layout | None = None) -> torch.Tensor:
-    batch = collate(made, share=False)
+    batch = pack_documents(made, share=False)
     with torch.no_grad():
         found = model(
             input_ids=batch.ids_1T,
@@ -73,7 +82,7 @@ def test_tc16_the_packed_loss_and_gradient_are_those_of_each_document_alone(
     save_tiny(tmp_path / model_type, model_type)
     made = documents(5, seed=3, prefix=prefix)
     packed, plain = load(tmp_path / model_type), load(tmp_path / model_type, packed=False)
-    batch = collate(made)
+    batch = pack_documents(made)
     assert batch.layout.prefix == prefix
     loss = nll_sum(packed, batch)
     loss.backward()
@@ -95,12 +104,12 @@ def test_tc16_the_packed_loss_and_gradient_are_those_of_each_document_alone(
 def test_tc05_control_a_mean_of_means_is_another_loss(model: Any) -> None:
     made = documents(6)
     with torch.no_grad():
-        sums = [float(nll_sum(model, collate([document]))) for document in made]
+        sums = [float(nll_sum(model, pack_documents([document]))) for document in made]
     counts = [document.trained_tokens for document in made]
     token_mean = sum(sums) / sum(counts)
     mean_of_means = sum(s / n for s, n in zip(sums, counts, strict=True)) / len(made)
     with torch.no_grad():
-        packed = float(nll_sum(model, collate(made)))
+        packed = float(nll_sum(model, pack_documents(made)))
     assert packed / sum(counts) == pytest.approx(token_mean, rel=1e-5)
     assert abs(mean_of_means / token_mean - 1) > 0.001
 
@@ -108,16 +117,18 @@ def test_tc05_control_a_mean_of_means_is_another_loss(model: Any) -> None:
 def test_what_is_not_trained_is_not_a_target(model: Any) -> None:
     ids = (5, 6, 7, 8, 9, 10)
     mask = (False, False, True, True, False, False)
-    loss = nll_sum(model, collate([Document("a:1", ids, mask)])).detach()
+    loss = nll_sum(model, pack_documents([Document("a:1", ids, mask)])).detach()
     # the tokens behind the last trained one cannot matter, neither as input nor as target
-    other = nll_sum(model, collate([Document("a:1", (*ids[:4], 50, 60), mask)])).detach()
+    longer = pack_documents([Document("a:1", (*ids[:4], 50, 60), mask)])
+    other = nll_sum(model, longer).detach()
     assert float(loss) == pytest.approx(float(other), rel=1e-6)
-    trained = nll_sum(model, collate([Document("a:1", ids, (False,) + (True,) * 5)])).detach()
+    every = pack_documents([Document("a:1", ids, (False,) + (True,) * 5)])
+    trained = nll_sum(model, every).detach()
     assert float(trained) > float(loss)
 
 
-def test_a_batch_without_documents_has_no_loss_and_no_gradient(model: Any) -> None:
-    loss = nll_sum(model, collate([]))
+def test_a_batch_without_targets_has_no_loss_and_no_gradient(model: Any) -> None:
+    loss = nll_sum(model, pack_documents([Document("a:1", (5, 6), (False, False))]))
     model.zero_grad()
     loss.backward()
     assert float(loss.detach()) == 0.0

@@ -23,7 +23,8 @@ from tests.parity.training_fixtures import (
     two,
 )
 from train_jobs.config import Optim
-from train_jobs.data.dataset import Dataset, Document, trained_in
+from train_jobs.data.dataset import Dataset
+from train_jobs.data.example import Document, Example, trained_in
 from train_jobs.data.order import Order
 from train_jobs.schedule import lr_at
 
@@ -83,7 +84,8 @@ def test_tc02_tc05_stages_and_accumulation_are_only_bookkeeping(
 def test_tc05_eight_rows_at_once_are_eight_times_one_with_unequal_tokens(
     one: Ranks, base: Path
 ) -> None:
-    made = Dataset(tuple((document,) for document in documents(24, seed=9)), 64, 0, "0" * 64)
+    rows = tuple((Example((document,)),) for document in documents(24, seed=9))
+    made = Dataset(rows, 64, 0, "0" * 64)
     counts = [trained_in(row) for row in made.rows]
     assert max(counts) > 5 * min(counts)
     batch, run = {"total": 8}, {"steps": 6}
@@ -231,7 +233,7 @@ def test_tc28_a_loss_that_is_no_number_names_rank_step_and_rows_and_saves_nothin
     rows = dataset(made).rows
     third = Order(len(rows), total=4, seed=0, max_steps=8).step(2)[0]
     assert third is not None
-    bad = rows[third][0]
+    [bad] = rows[third.row][0].documents
     made[made.index(bad)] = Document(bad.where, (token, *bad.ids[1:]), bad.trained)
     fields = work.settings(run={"steps": 8, "save_every": 1, "keep": 9})
     with pytest.raises(Failed) as failed:

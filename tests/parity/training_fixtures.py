@@ -14,7 +14,8 @@ import pytest
 
 from tests.parity.engine_fixtures import VOCAB, save_tiny
 from train_jobs.config import Run
-from train_jobs.data.dataset import Dataset, Document
+from train_jobs.data.dataset import Dataset
+from train_jobs.data.example import Document, Example
 from train_jobs.data.packing import pack
 from train_jobs.group import Place, free_address, join, leave, prepare, quiet
 
@@ -116,4 +117,4 @@ def documents(count: int, seed: int = 0, prefix: int = 0) -> list[Document]:
 
 def dataset(made: list[Document], max_len: int = 64) -> Dataset:
     rows = pack([len(document.ids) for document in made], max_len)
-    return Dataset(tuple(tuple(made[n] for n in row) for row in rows), max_len, 0, "0" * 64)
+    return Dataset(tuple(tuple(Example((made[n],)) for n in row) for row in rows), max_len, 0, "0" * 64)

@@ -11,12 +11,12 @@ import torch
 from train_jobs import checkpoint, loop
 from train_jobs.adapters import merged
 from train_jobs.config import FinetuneConfig
-from train_jobs.data.dataset import Dataset, trained_in
+from train_jobs.data.dataset import Dataset
+from train_jobs.data.example import trained_in
 from train_jobs.data.order import Order
-from train_jobs.evaluate import heldout_loss
+from train_jobs.evaluate import evaluate
 from train_jobs.export import gathered, live_tensors, write_model
 from train_jobs.group import Device, Place
-from train_jobs.objectives.sft import collate, nll_sum
 from train_jobs.ports import PlainWorld
 from train_jobs.progress import START, Progress
 from train_jobs.rank import build_engine
@@ -49,12 +49,13 @@ class Session:
         self.world = Recorder(place.rank, place.size, self.records)
         run = self.config.run
         self.order = Order(len(data.rows), self.config.batch.total, run.seed, run.epochs, run.steps)
-        self.engine = build_engine(base, self.config, Device("cpu", "float32"))
+        self.engine, self.objective = build_engine(base, self.config, Device("cpu", "float32"))
 
     def train(
         self, save: Any = lambda progress, metrics: None, since: Progress = START
     ) -> Progress:
-        return loop.train(self.engine, self.config, self.data, self.order, self.world, save, since)
+        what = (self.engine, self.config, self.objective, self.data, self.order, self.world)
+        return loop.train(*what, save, since)
 
     def whole(self) -> dict[str, torch.Tensor]:
         """Return every tensor of the model, gathered under ZeRO 3."""
@@ -139,8 +140,9 @@ def mean_of_means(
         for group in session.engine.optimizer.param_groups:
             group["lr"] = lr_at(step, session.order.steps, session.config.optim)
         for rows in batches:
-            documents = list(loop.documents_of(data, rows))
-            mean = nll_sum(session.engine, collate(documents)) / trained_in(documents)
+            examples, keys = loop.drawn(data, [seat for seat in rows if seat], 0)
+            batch = session.objective.collate(examples, keys, "cpu")
+            mean = session.objective.loss(session.engine, batch).total / trained_in(examples)
             session.engine.backward(mean)
             session.engine.step()
             means.append(float(mean.detach()))
@@ -225,7 +227,7 @@ def evaluated(place: Place, base: Path, fields: dict[str, Any], data: Dataset) -
 
     session.engine.train()
     before = state()
-    loss = heldout_loss(session.engine, data, session.world)
+    loss = evaluate(session.engine, session.objective, data, session.world)["loss"]
     after = state()
     gradients = [p.grad for p in session.engine.module.parameters() if p.grad is not None]
     return {"same": before == after, "loss": loss, "gradients": len(gradients)}

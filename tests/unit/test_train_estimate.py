@@ -8,7 +8,8 @@ import pytest
 
 from cluster.library.manifest import Architecture
 from train_jobs.config import FinetuneConfig
-from train_jobs.data.dataset import Dataset, Document
+from train_jobs.data.dataset import Dataset
+from train_jobs.data.example import Document, Example
 from train_jobs.estimate import of_rank
 
 GIB = 1 << 30
@@ -16,7 +17,10 @@ SMOLLM2 = Architecture(
     model_type="llama", parameters=134_515_008, layers=30, hidden=576, heads=9, kv_heads=3,
     head_dim=64, vocab_size=49152, tied_embeddings=True,
 )  # fmt: skip
-ROW = tuple(Document(f"demo.jsonl:{n}", (0,) * 49, (False,) * 33 + (True,) * 16) for n in range(10))
+ROW = tuple(
+    Example((Document(f"demo.jsonl:{n}", (0,) * 49, (False,) * 33 + (True,) * 16),))
+    for n in range(10)
+)
 DEMO = Dataset((ROW,) * 35, 512, 0, "0" * 64)
 ADDED = 4_884_480
 

@@ -3,13 +3,20 @@
 Samples are numbered through all epochs: sample ``g`` is row ``permutation(epoch)[g % rows]`` of
 epoch ``g // rows``. Optimiser step ``s`` owns the samples ``s * total`` up to ``(s + 1) * total``,
 whatever the number of ranks; ranks only divide them.
+
+Rows that are padded to each other are grouped by length: within each WINDOW steps of an epoch's
+permutation, steps hold rows of about equal length, and come in random order. A step then pads
+little, every row still comes once an epoch, and ``batch.total`` is still a number of rows.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 
 @lru_cache(maxsize=4)
@@ -19,6 +26,35 @@ def permutation(seed: int, epoch: int, rows: int) -> tuple[int, ...]:
     # A text seed is hashed with SHA-512, the same on every machine and Python version we run on
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return tuple(order)
+
+
+WINDOW = 16
+"""Steps whose rows are sorted together: lengths in a step then differ by a 16th of their range."""
+
+
+def grouped(
+    order: Sequence[int], lengths: Sequence[int], total: int, head: int, seed: str
+) -> tuple[int, ...]:
+    """Return ``order`` with rows of about equal length in each step of ``total`` rows.
+
+    The first ``head`` rows belong to a step that another epoch began. They, and those of a step
+    that the next epoch will fill, stay in their place: that step has rows of all lengths.
+    """
+    whole = head + (len(order) - head) // total * total
+    made = list(order[:head])
+    for start in range(head, whole, WINDOW * total):
+        window = sorted(order[start : min(whole, start + WINDOW * total)], key=lengths.__getitem__)
+        steps = [window[at : at + total] for at in range(0, len(window), total)]
+        random.Random(f"{seed}/{start}").shuffle(steps)
+        made += [row for step in steps for row in step]
+    return (*made, *order[whole:])
+
+
+class Seat(NamedTuple):
+    """One row at its place in a run."""
+
+    row: int
+    epoch: int
 
 
 @dataclass(frozen=True)
@@ -31,6 +67,12 @@ class Order:
     seed: int
     epochs: int | None = None
     max_steps: int | None = None
+    lengths: tuple[int, ...] | None = field(default=None, repr=False)
+    """Tokens of each row, where rows of one micro-batch are padded to the longest of them: rows of
+    about equal length then come in one step, and are dealt out in it by length."""
+    _epochs: dict[int, tuple[int, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def steps(self) -> int:
@@ -45,23 +87,40 @@ class Order:
         """How often each row is seen."""
         return self.epochs or self.steps * self.total / self.rows
 
-    def step(self, step: int) -> tuple[int | None, ...]:
-        """Return the ``total`` row numbers of one step; None is a place past the last epoch."""
+    def step(self, step: int) -> tuple[Seat | None, ...]:
+        """Return the ``total`` rows of one step; None is a place past the last epoch."""
         first = step * self.total
-        return tuple(self._row(g) for g in range(first, first + self.total))
+        return tuple(self._seat(g) for g in range(first, first + self.total))
 
     def micro_batches(
         self, step: int, rank: int, world: int, micro: int
-    ) -> list[tuple[int | None, ...]]:
+    ) -> list[tuple[Seat | None, ...]]:
         """Return what one rank runs in one step: its micro-batches of ``micro`` rows, in order."""
-        rows = self.step(step)
+        seats = self._dealt(self.step(step))
         stride = micro * world
-        assert len(rows) % stride == 0, "the configuration checks that the batch divides"
-        starts = range(rank * micro, len(rows), stride)
-        return [rows[start : start + micro] for start in starts]
+        assert len(seats) % stride == 0, "the configuration checks that the batch divides"
+        starts = range(rank * micro, len(seats), stride)
+        return [seats[start : start + micro] for start in starts]
 
-    def _row(self, sample: int) -> int | None:
+    def _dealt(self, seats: tuple[Seat | None, ...]) -> tuple[Seat | None, ...]:
+        if (lengths := self.lengths) is None:
+            return seats
+        return tuple(sorted(seats, key=lambda seat: lengths[seat.row] if seat else sys.maxsize))
+
+    def _seat(self, sample: int) -> Seat | None:
         epoch, place = divmod(sample, self.rows)
         if self.epochs is not None and epoch >= self.epochs:
             return None
-        return permutation(self.seed, epoch, self.rows)[place]
+        return Seat(self._epoch(epoch)[place], epoch)
+
+    def _epoch(self, epoch: int) -> tuple[int, ...]:
+        if self.lengths is None:
+            return permutation(self.seed, epoch, self.rows)
+        if epoch not in self._epochs:
+            if len(self._epochs) > 1:  # all but the smallest data: a step touches two at most
+                self._epochs.clear()
+            order = permutation(self.seed, epoch, self.rows)
+            head = min(self.rows, -epoch * self.rows % self.total)
+            seed = f"{self.seed}/{epoch}"
+            self._epochs[epoch] = grouped(order, self.lengths, self.total, head, seed)
+        return self._epochs[epoch]
