@@ -259,10 +259,14 @@ async def opened(config: Sharded, **versions: Path) -> ShardedEngine:
     """Start an engine, load ``m1=path`` as m@1 and so on, activate the first."""
     engine = ShardedEngine(config)
     await engine.start()
-    for name, directory in versions.items():
-        await engine.load(f"m@{name[1:]}", str(directory))
-    if versions:
-        await engine.activate(f"m@{next(iter(versions))[1:]}")
+    try:
+        for name, directory in versions.items():
+            await engine.load(f"m@{name[1:]}", str(directory))
+        if versions:
+            await engine.activate(f"m@{next(iter(versions))[1:]}")
+    except BaseException:
+        await engine.stop()  # ranks that nobody stops would keep the test run from ending
+        raise
     return engine
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,6 @@ from tests.unit.engine_contract import LoopThread, answer
 
 pytestmark = pytest.mark.parity
 TOP = 5
-ELSEWHERE = {"llama", "mistral", "qwen2", "qwen3"}
-"""On two ranks in `test_engine_ranks.py`."""
 REASONS = {
     NO_PLAN: "has no tensor-parallel plan",
     GATHERED: "the tensor-parallel plan cuts .*(rowwise_split_input|projections)",
@@ -131,14 +130,14 @@ def test_two_ranks_answer_like_one_or_refuse_as_the_table_says_sc02(
             return
         await engine.load(version, str(place))
         requests = [greedy(p, 24, f"{version}{i}") for i, p in enumerate(texts)]
-        ours = [await answer(engine, request, version) for request in requests]
+        ours = list(await asyncio.gather(*(answer(engine, r, version) for r in requests)))
         compare(ours, reference(place, texts, 24))
         await engine.release(version, 1.0)
 
     async def run() -> None:
         engine = await opened(tiny_config(tensor_parallel=2))
         try:
-            for kind in (kind for kind in SERVED if kind.model_type not in ELSEWHERE):
+            for kind in SERVED:
                 try:
                     await one(engine, kind)
                 except (AssertionError, EngineError, pytest.fail.Exception) as error:

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -21,24 +20,14 @@ from tests.parity.engine_fixtures import (
     compare,
     gone,
     greedy,
-    local_model,
     opened,
     prompts,
-    reference,
-    run_local,
     save_tiny,
     tiny_config,
 )
 from tests.unit.engine_contract import CONTRACT, LONG, LoopThread, answer, ask
 
 pytestmark = pytest.mark.parity
-FAMILIES: dict[str, dict[str, Any]] = {
-    # the same shape of cache in all of them, so that one engine can hold one after the other
-    "llama": {"tie_word_embeddings": True},
-    "qwen2": {"tie_word_embeddings": False},
-    "qwen3": {"head_dim": 16, "tie_word_embeddings": False},
-    "mistral": {"sliding_window": 9},
-}
 
 
 async def answers(
@@ -82,30 +71,6 @@ def test_two_ranks_keep_the_contract(
         await promise(pair)
 
     loop.run(run())
-
-
-def test_families_answer_on_two_ranks_like_transformers_sc01(
-    loop: LoopThread, tmp_path: Path
-) -> None:
-    places = {kind: save_tiny(tmp_path / kind, kind, **ch) for kind, ch in FAMILIES.items()}
-    texts = prompts(5)
-
-    async def run() -> None:
-        config = tiny_config(tensor_parallel=2, max_concurrent=4, max_queued=9, max_batch_tokens=16)
-        engine = await opened(config)
-        try:
-            for kind, place in places.items():
-                await engine.load(f"{kind}@1", str(place))
-                requests = [greedy(p, 32, f"{kind}{i}") for i, p in enumerate(texts)]
-                ours = await answers(engine, requests, f"{kind}@1")
-                compare(ours, reference(place, texts, 32))
-                alone = run_local(local_model(place), requests)
-                assert sum(a == b for a, b in zip(ours, alone, strict=True)) >= len(texts) - 1
-                await engine.release(f"{kind}@1", 1.0)
-        finally:
-            await engine.stop()
-
-    loop.run(run(), timeout_s=240)
 
 
 def test_each_rank_holds_its_share_only(pair: ShardedEngine, tiny: Path) -> None:
