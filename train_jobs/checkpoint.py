@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import JobError
-from train_jobs.data.formats import sha256
+from train_jobs.data.readers import sha256
 from train_jobs.ports import World
 from train_jobs.progress import Progress
 

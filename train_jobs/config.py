@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
@@ -16,29 +15,9 @@ from pydantic import (
 )
 
 from cluster.config import Frozen
-
-
-class Data(Frozen):
-    """Rows to learn from: JSON lines of ``{"messages": [{"role", "content"}, ...]}``."""
-
-    train: Path
-    """A file; a relative path is relative to the config file."""
-    heldout: Path | None = None
-    """Rows that are only measured, before and after."""
-    max_len: PositiveInt = 512
-    """Tokens of one packed row. A longer dialogue is an error that names its line."""
-    max_empty_share: float = Field(0.0, ge=0, le=1)
-    """Share of rows that may have no trained token before the run is refused."""
-
-
-class ChatSFT(Frozen):
-    """Supervised fine-tuning on dialogues: the loss is on the assistant's tokens only."""
-
-    kind: Literal["sft"] = "sft"
-
-
-Objective = ChatSFT
-"""Becomes a tagged union with the second objective."""
+from train_jobs.data.settings import Data
+from train_jobs.objectives.settings import ChatSFT, Objective
+from train_jobs.supervision import Best, Diverge, EarlyStop, check_batch, read_workers
 
 
 class LoRA(Frozen):
@@ -93,6 +72,12 @@ class Run(Frozen):
     """Where and how long."""
 
     workers: PositiveInt = 1
+    """Ranks; or ``{min: 1, max: 4}``, and the run takes what the cluster has, shrinks when a machine
+    goes and grows when one comes. ``batch.total`` stays the same."""
+    min_workers: PositiveInt | None = None
+    """Where ``workers`` is ``{min, max}``, its ``min``; ``workers`` then is its ``max``."""
+    resize_s: PositiveFloat = 60.0
+    """Seconds between two looks at whether more ranks fit."""
     epochs: PositiveInt | None = None
     steps: PositiveInt | None = None
     """Instead of epochs."""
@@ -108,17 +93,36 @@ class Run(Frozen):
     """Optimiser steps between checkpoints; by default a run saves only when it is stopped."""
     keep: PositiveInt = 2
     """The newest checkpoints that stay on disk."""
+    evaluate_every: PositiveInt | None = None
+    """Optimiser steps between two looks at the held-out rows; by default before and after only."""
+    best: Best | None = None
+    """Which checkpoints stay beside the newest ones."""
+    early_stop: EarlyStop | None = None
     max_failures: NonNegativeInt = 0
     """How often a cluster may start all ranks anew because one was killed or lost. They go on
     from the newest checkpoint; a loss that is no number is not tried again."""
     timeout_s: PositiveFloat = 600.0
     """A collective that takes longer means that a rank is stuck."""
+    stall_s: PositiveFloat = 600.0
+    """Seconds without progress after which a run is ended, by the name of the rank that is stuck.
+    Longer than one micro-batch, and than what the objective asks of others."""
+    diverge: Diverge | None = Field(default_factory=Diverge)
+    """What ends a run whose loss runs away; null lets it."""
+
+    _read_workers = model_validator(mode="before")(read_workers)
+
+    @property
+    def least_workers(self) -> int:
+        """The fewest ranks that it works with."""
+        return self.min_workers or self.workers
 
 
 class Publish(Frozen):
     """The library entry that the run makes; ``name`` defaults to the base model's."""
 
     name: str | None = None
+    which: Literal["last", "best"] = "last"
+    """The weights of the last step, or of the checkpoint that ``run.best`` found best."""
 
 
 class FinetuneConfig(Frozen):
@@ -140,15 +144,11 @@ class FinetuneConfig(Frozen):
 
     @model_validator(mode="after")
     def _checks(self) -> FinetuneConfig:
-        share = self.batch.micro * self.run.workers
-        if self.batch.total % share:
-            below = self.batch.total // share * share
-            fits = [n for n in (below, below + share) if n]
-            raise ValueError(
-                f"batch.total={self.batch.total} is not a multiple of batch.micro * run.workers = "
-                f"{self.batch.micro} * {self.run.workers} = {share}; use "
-                f"{' or '.join(map(str, fits))}"
-            )
+        run = self.run
+        if run.least_workers > run.workers:
+            raise ValueError(f"run.workers: min={run.min_workers} is above max={run.workers}")
+        check_batch(self.batch.total, self.batch.micro, run.least_workers, run.workers)
+        self._check_evaluation()
         if (self.run.epochs is None) == (self.run.steps is None):
             raise ValueError("run: give either epochs or steps, exactly one of them")
         if self.adapter and self.zero == 3:
@@ -158,6 +158,21 @@ class FinetuneConfig(Frozen):
                 "that an adapter adds"
             )
         return self
+
+    def _check_evaluation(self) -> None:
+        run = self.run
+        if run.evaluate_every and not (self.data.heldout or self.data.split):
+            raise ValueError("run.evaluate_every needs held-out rows: give data.heldout")
+        for name, asked in (("best", run.best), ("early_stop", run.early_stop)):
+            if asked and not run.evaluate_every:
+                raise ValueError(f"run.{name} needs figures to go by: give run.evaluate_every")
+        if self.publish.which == "best" and not run.best:
+            raise ValueError("publish.which=best needs run.best, which keeps that checkpoint")
+
+    def at(self, workers: int) -> FinetuneConfig:
+        """Return the same run with this many ranks."""
+        run = self.run.model_copy(update={"workers": workers, "min_workers": None})
+        return self.model_copy(update={"run": run})
 
     @property
     def accumulate(self) -> int:

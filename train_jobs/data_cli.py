@@ -13,7 +13,8 @@ from cluster.options import AsJson
 from train_jobs.verbs import Sets
 
 if TYPE_CHECKING:
-    from train_jobs.data.preview import Piece
+    from train_jobs.data.example import Example
+    from train_jobs.data.preview import Decode, Piece
 
 app = typer.Typer(help="Training data, as the trainer sees it.")
 
@@ -26,14 +27,14 @@ def _group() -> None:
 @app.command()
 def preview(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A file of configs/train/.")],
-    count: Annotated[int, typer.Option("-n", min=1, metavar="N", help="Dialogues to show.")] = 3,
+    count: Annotated[int, typer.Option("-n", min=1, metavar="N", help="Examples to show.")] = 3,
     heldout: Annotated[
         bool, typer.Option("--heldout", help="Those that are only measured.")
     ] = False,
     overrides: Sets = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show dialogues as tokens, with what is trained marked, and how full the rows are."""
+    """Show examples as tokens, with what is trained marked, and what became of the other rows."""
     console.use_json(as_json)
     from cluster.errors import ConfigError
     from train_jobs.data import preview as shown
@@ -43,17 +44,35 @@ def preview(
     task = Task.load(resolve(config, overrides or []))
     data = task.heldout if heldout else task.train
     if data is None:
-        raise ConfigError(f"{config}: data.heldout: names no file, so nothing is held out")
-    decode = shown.decoder(task.base.path)
-    rows = [(d, list(shown.pieces(d, decode))) for d in shown.first_documents(data, count)]
-    for document, parts in rows:
-        console.out(
-            f"{document.where}  {len(document.ids)} tokens, {document.trained_tokens} trained"
+        raise ConfigError(
+            f"{config}: nothing is held out; name a file as data.heldout, or say data.split: 0.05"
         )
-        _print(parts)
-    totals = shown.totals(data)
-    console.out(shown.told(totals))
-    console.result({**totals, "shown": [shown.as_json(*row) for row in rows]})
+    decode, kind = shown.decoder(task.base.path), task.config.objective.kind
+    examples = data.first(count)
+    for example in examples:
+        _show(kind, example, decode)
+    fill = None
+    if not task.config.objective.packed:
+        measured = ([example.tokens for example in row] for row in data.rows)
+        batches = measured if heldout else shown.epoch(task.order, task.config.batch.micro)
+        fill = shown.padded_fill(batches)
+    totals = shown.totals(data, fill)
+    for line in (*shown.details(totals), shown.told(totals)):
+        console.out(line)
+    found = [shown.as_json(kind, example, decode) for example in examples]
+    console.result({**totals, "shown": found})
+
+
+def _show(kind: str, example: Example, decode: Decode) -> None:
+    from train_jobs.data.preview import parts_of, pieces
+
+    label = "" if example.label is None else f", label {example.label!r:.200}"
+    told = f"{example.tokens} tokens, {example.trained_tokens} trained{label}"
+    console.out(f"{example.where}  {told}")
+    for name, document in zip(parts_of(kind, example), example.documents, strict=True):
+        if name:
+            console.out(f"-- {name}")
+        _print(list(pieces(document, decode)))
 
 
 def _print(parts: Sequence[Piece]) -> None:

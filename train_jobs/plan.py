@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from train_jobs.adapters import added_parameters
 from train_jobs.config import FinetuneConfig
 from train_jobs.data.preview import told as sentence
 from train_jobs.data.preview import totals
+from train_jobs.data.readers import find
+from train_jobs.data.settings import Source
 from train_jobs.estimate import of_rank
 from train_jobs.task import Task
 
@@ -33,9 +36,8 @@ def resolve(path: Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
         UnknownModel: the library has no such model.
     """
     config = load(path, FinetuneConfig, overrides)
-    folder = path.absolute().parent
-    train = _file(config.data.train, folder, path, "data.train")
-    heldout = config.data.heldout and _file(config.data.heldout, folder, path, "data.heldout")
+    train = _sources(config.data.train, path, "data.train")
+    heldout = config.data.heldout and _sources(config.data.heldout, path, "data.heldout")
     return config.model_copy(
         update={
             "model": Library().resolve(config.model).ref,
@@ -109,7 +111,7 @@ def describe(told: Mapping[str, Any]) -> str:
     ]
     if held := told["heldout"]:
         lines.append(
-            f"held out: {held['dialogues']} dialogues, {held['trained_tokens']} trained tokens"
+            f"held out: {held['examples']} examples, {held['trained_tokens']} trained tokens"
         )
     lines.append(f"steps: {told['steps']}, some {told['tokens']} tokens in all, in {told['dtype']}")
     if memory := told["memory_of_rank"]:
@@ -121,16 +123,22 @@ def describe(told: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"plan: {told['plan']}", f"by hand: {told['submit']}"])
 
 
-def _file(named: Path, folder: Path, config: Path, field: str) -> Path:
-    path = named if named.is_absolute() else (folder / named).resolve()
-    if not path.is_file():
-        names = sorted(found.name for found in path.parent.glob("*.jsonl"))
-        near = f"{path.parent}/ has {', '.join(names[:8])}" if names else "the folder has no .jsonl"
+def _sources(sources: Sequence[Source], config: Path, field: str) -> tuple[Source, ...]:
+    """Return sources with absolute paths, all of them there."""
+    return tuple(_source(one, config, field) for one in sources)
+
+
+def _source(source: Source, config: Path, field: str) -> Source:
+    if not source.is_hub:
+        whole = os.path.normpath(config.absolute().parent / source.path)
+        source = source.model_copy(update={"path": Path(whole)})
+    try:
+        find(source, field)
+    except ConfigError as error:
         raise ConfigError(
-            f"{_line(config, field)}: {field}: no file {path}; {near}. A relative path is "
-            "relative to the config file"
-        )
-    return path
+            f"{_line(config, field)}: {error}. A relative path is relative to the config file"
+        ) from None
+    return source
 
 
 def _line(config: Path, field: str) -> str:

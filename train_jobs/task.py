@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from cluster.config import dump
 from cluster.errors import ConfigError
 from cluster.library.store import Library, Version
-from cluster.text.chat import ChatText
 from train_jobs.adapters import check_targets
 from train_jobs.config import FinetuneConfig
-from train_jobs.data.dataset import Dataset, load_dataset
+from train_jobs.data.dataset import Dataset, load_datasets
 from train_jobs.data.order import Order
+from train_jobs.data.settle import settle
+from train_jobs.objectives.families import check_family
+from train_jobs.objectives.settings import Objective
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -27,6 +29,8 @@ class Task:
     train: Dataset
     heldout: Dataset | None
     order: Order
+    objective: Objective
+    """The configuration's, with all that the data settles."""
 
     @classmethod
     def load(cls, config: FinetuneConfig) -> Task:
@@ -36,21 +40,24 @@ class Task:
         """
         base = Library().resolve(config.model)
         check_base(config, base)
-        text = ChatText.load(base.path)
-        data = load_dataset(config.data.train, config.data, text)
-        heldout = config.data.heldout
+        data, measured = load_datasets(config.data, config.objective, base.path)
+        objective, data, measured = settle(
+            config.objective, base.path, data, measured, config.run.seed
+        )
         return cls(
             config,
             base,
             data,
-            load_dataset(heldout, config.data, text) if heldout else None,
+            measured,
             Order(
                 rows=len(data.rows),
                 total=config.batch.total,
                 seed=config.run.seed,
                 epochs=config.run.epochs,
                 max_steps=config.run.steps,
+                lengths=None if config.objective.packed else data.row_lengths,
             ),
+            objective,
         )
 
 
@@ -59,6 +66,7 @@ def check_base(config: FinetuneConfig, base: Version) -> None:
     if config.adapter:
         check_targets(config.adapter, base.path)
     facts = json.loads((base.path / "config.json").read_text())
+    check_family(config.objective, facts, base.ref, config.data.max_len)
     experts = [key for key in EXPERTS if isinstance(facts.get(key), int) and facts[key] > 1]
     if config.zero == 3 and experts:
         raise ConfigError(

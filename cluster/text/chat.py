@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from cluster.errors import ConfigError
 from cluster.text.mask import assistant_spans, mask_of
@@ -59,6 +59,12 @@ class ChatText:
         self._special = SpecialTokens(tokenizer, raw, known)
         self._template = ChatTemplate(template, named, where) if template is not None else None
         self._where = where
+        self.named_ids: Mapping[str, int] = {
+            name: number
+            for name, text in named.items()
+            if (number := tokenizer.token_to_id(text)) is not None
+        }
+        """Ids of ``mask_token``, ``cls_token`` and their like, as far as the model names them."""
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.eos_ids = tuple(dict.fromkeys(n for n in eos_ids if 0 <= n < self.vocab_size))
         self.generation: Mapping[str, Any] = dict(generation or {})
@@ -114,11 +120,22 @@ class ChatText:
         """The tokenizer as it is, special tokens and all: for what reads its vocabulary."""
         return self._tokenizer
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Encode a raw prompt, with a BOS token if the tokenizer adds one."""
+    def encode(self, text: str, begin: bool = True) -> tuple[int, ...]:
+        """Encode raw text; where it begins one, with the special tokens that the tokenizer adds."""
         spelt = self._special.spelt_in(text)
         tokenizer = self._special.guarded if spelt else self._tokenizer
-        return tuple(tokenizer.encode(text).ids)
+        return tuple(tokenizer.encode(text, add_special_tokens=begin).ids)
+
+    def encoding(self, text: str, other: str | None = None) -> Encoding:
+        """Encode one text or a pair as `encode` does; with the offsets and types of its tokens."""
+        spelt = self._special.spelt_in(text) or (other and self._special.spelt_in(other))
+        tokenizer = self._special.guarded if spelt else self._tokenizer
+        return tokenizer.encode(text, other)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that no text can spell."""
+        return self._special.all_ids
 
     def encode_chat(
         self,
@@ -147,17 +164,24 @@ class ChatText:
             rendered = rendered[: rendered.rindex(mark)]
         return tuple(self._encode_rendered(rendered, guard).ids)
 
-    def encode_training(self, messages: Messages) -> tuple[list[int], list[bool]]:
+    def encode_training(
+        self, messages: Messages, tools: Tools | None = None
+    ) -> tuple[list[int], list[bool]]:
         """Return the ids of a whole conversation, and for each whether it is trained.
 
         Trained is what the assistant says and the token that ends its turn, not the white space
         after it. The ids equal ``encode_chat(messages, generation_prompt=False)``. Raises
         ConfigError when the template cannot say which part is the assistant's.
         """
-        guard, messages, _ = self._prepare([_check(n, m) for n, m in enumerate(messages)])
-        rendered, marked = self._render(messages, False)
+        checked = [_check(n, message) for n, message in enumerate(messages)]
+        given: dict[str, Any] = {"tools": list(tools or ())}
+        guard, messages, given = self._prepare(checked, given)
+        rendered, marked = self._render(messages, False, **given)
         spans = marked or assistant_spans(
-            messages, rendered, lambda part, prompt: self._render(part, prompt)[0], self._where
+            messages,
+            rendered,
+            lambda part, prompt: self._render(part, prompt, **given)[0],
+            self._where,
         )
         encoding = self._encode_rendered(rendered, guard)
         if guard:  # offsets are those of the protected text

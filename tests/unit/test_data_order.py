@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import random
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from train_jobs.data.order import Order, permutation
 
@@ -45,3 +49,73 @@ def test_a_run_by_steps_goes_on_through_the_epochs() -> None:
     assert order.steps == 5
     assert None not in [row for step in range(5) for row in order.step(step)]
     assert order.epochs_done == pytest.approx(10 / 3)
+
+
+def lengths_of(rows: int) -> tuple[int, ...]:
+    rng = random.Random(1)
+    return tuple(rng.randint(4, 200) for _ in range(rows))
+
+
+def by_length(rows: int, total: int, epochs: int, seed: int = 0) -> Order:
+    return Order(rows, total, seed, epochs=epochs, lengths=lengths_of(rows))
+
+
+@given(st.integers(1, 80), st.integers(1, 9), st.integers(1, 4))
+def test_tc04_rows_grouped_by_length_still_come_once_an_epoch(
+    rows: int, total: int, epochs: int
+) -> None:
+    order = by_length(rows, total, epochs)
+    seats = [seat for step in range(order.steps) for seat in order.step(step) if seat]
+    assert sorted(seats) == sorted((row, epoch) for epoch in range(epochs) for row in range(rows))
+    # the epochs follow each other
+    assert [seat.epoch for seat in seats] == sorted(seat.epoch for seat in seats)
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 8), (2, 2), (4, 1)])
+def test_tc04_grouped_rows_of_a_step_are_the_same_at_every_world_size(
+    world: int, micro: int
+) -> None:
+    order = by_length(101, 8, 2)
+    for step in range(order.steps):
+        shares = [order.micro_batches(step, rank, world, micro) for rank in range(world)]
+        rows = [row for share in shares for batch in share for row in batch]
+        assert sorted(rows, key=str) == sorted(order.step(step), key=str)
+
+
+def padded(order: Order, micro: int) -> float:
+    assert order.lengths
+    cost = 0
+    for step in range(order.steps):
+        for batch in order.micro_batches(step, 0, 1, micro):
+            found = [order.lengths[seat.row] for seat in batch if seat]
+            cost += max(found, default=0) * len(found)
+    return sum(order.lengths) * (order.epochs or 1) / cost
+
+
+def test_batches_of_grouped_rows_pad_little() -> None:
+    grouped = by_length(2000, 16, 2)
+    assert padded(grouped, 16) > 0.9
+    assert padded(grouped, 4) > 0.9
+
+
+def test_steps_do_not_come_by_length() -> None:
+    order = by_length(2000, 16, 1)
+    assert order.lengths
+    means = [
+        sum(order.lengths[seat.row] for seat in order.step(step) if seat) for step in range(120)
+    ]
+    assert means != sorted(means)
+    assert means != sorted(means, reverse=True)
+    one, other = (by_length(99, 4, 1, seed) for seed in (1, 2))
+    assert [one.step(step) for step in range(5)] != [other.step(step) for step in range(5)]
+
+
+def test_the_grouped_order_is_pinned() -> None:
+    """A run that is resumed by a later release must see the rows in the order it began with."""
+    order = Order(6, 2, 0, epochs=2, lengths=(5, 1, 4, 2, 3, 6))
+    assert [[seat.row for seat in order.step(step) if seat] for step in range(6)] == GROUPED
+    fresh = Order(6, 2, 0, epochs=2, lengths=(5, 1, 4, 2, 3, 6))
+    assert fresh.step(4) == order.step(4)
+
+
+GROUPED = [[1, 3], [4, 2], [0, 5], [1, 3], [0, 5], [4, 2]]

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-from train_jobs.data.formats import read_dialogues
+from train_jobs.data.forms import Reading
+from train_jobs.data.readers import read_jsonl
+from train_jobs.data.records import Dialogue
+from train_jobs.data.settings import Source
 
 DEMO = Path(__file__).resolve().parents[2] / "train_jobs" / "data" / "demo"
 ABOUT = re.compile(r"roundhouse|make demo|champion|NAME@|system_fingerprint", re.IGNORECASE)
@@ -19,6 +22,16 @@ VERBS = {
     *("rollback", "status", "train", "up"),
 }
 """What an answer may tell a user to type after ``roundhouse``."""
+
+
+def read_dialogues(path: Path) -> list[Dialogue]:
+    """Every row of a file, as the trainer reads it."""
+    reading, found = Reading("messages"), []
+    for row in read_jsonl(path, Source(path=path)):
+        record = reading.record(f"{path}:{row.line}", row.fields or {})
+        assert isinstance(record, Dialogue)
+        found.append(record)
+    return found
 
 
 def pairs(name: str) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from tests.unit.text_fixtures import write_tokenizer
 from train_jobs.adapters import added_parameters, check_targets, linear_layers, note
 from train_jobs.cli import register
 from train_jobs.config import LoRA
-from train_jobs.data.dataset import Document
+from train_jobs.data.example import Document
 from train_jobs.data.preview import marked, pieces
 from train_jobs.plan import resolve
 from train_jobs.task import Task
@@ -123,17 +123,75 @@ def test_tc20_preview_marks_what_is_trained(config: Path) -> None:
     assert f"{config.parent / 'train.jsonl'}:1  " in told
     assert "<|im_start|>assistant\n[[hello there<|im_end|>]]" in told
     assert told.count("[[") == 2
-    assert "3 dialogues (0 left out) packed into " in told
+    assert "3 examples (0 left out) packed into " in told
+    assert f"{config.parent / 'train.jsonl'}: messages, 3 rows\n" in told
+    assert "lengths: 25 to 25 tokens, median 25, 95 % up to 25  " in told
 
 
 def test_tc20_preview_in_json_has_the_pieces(config: Path) -> None:
     told = json.loads(run("data", "preview", str(config), "-n", "1", "--json"))
     [shown] = told["shown"]
-    assert "".join(p["text"] for p in shown["pieces"]).startswith("<|im_start|>user\nhello 0")
-    assert sum(p["tokens"] for p in shown["pieces"] if p["trained"]) == shown["trained_tokens"]
+    [document] = shown["documents"]
+    pieces = document["pieces"]
+    assert "".join(p["text"] for p in pieces).startswith("<|im_start|>user\nhello 0")
+    assert sum(p["tokens"] for p in pieces if p["trained"]) == shown["trained_tokens"]
+    assert told["sources"] == [
+        {"path": str(config.parent / "train.jsonl"), "form": "messages", "rows": 3, "bad": 0,
+         "weight": 1.0}
+    ]  # fmt: skip
+    assert sum(told["lengths"]["histogram"]) == 3
     assert told["trained_tokens"] == 3 * shown["trained_tokens"]
 
 
 def test_preview_of_what_is_not_held_out_says_so(config: Path) -> None:
     with pytest.raises(ConfigError, match="nothing is held out"):
         run("data", "preview", str(config), "--heldout")
+
+
+def test_preview_tells_what_became_of_every_row(config: Path) -> None:
+    rows = [*ROWS, ROWS[0], {"messages": [ROWS[0]["messages"][0]]}, {"text": "x"}]
+    rows.append({"messages": [{"role": "user", "content": "call +49 30 90182000 "}] * 9})
+    (config.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = ["on_bad_row=skip", "max_bad_share=0.5", "max_empty_share=0.5", "truncate=drop"]
+    sets += ["deduplicate=exact", "scrub=true"]
+    words = [word for one in sets for word in ("--set", f"data.{one}")]
+    told = run("data", "preview", str(config), *words)
+    assert (
+        "1 without a trained token, left out; 1 too long, left out; 1 duplicates, left out" in told
+    )
+    assert (
+        f"1 bad rows, left out:\n  {config.parent / 'train.jsonl'}:6: messages: is required" in told
+    )
+    assert "scrubbed: 9 phone" in told
+    assert "3 examples (1 left out) packed" in told
+    told = json.loads(run("data", "preview", str(config), *words, "--json"))
+    assert (told["too_long"], told["removed"], told["scrubbed"]) == (1, 1, {"phone": 9})
+    assert told["sources"][0]["bad"] == 1
+
+
+@pytest.mark.parametrize(
+    ("objective", "row", "shown"),
+    [
+        ("dpo", {"prompt": "hello", "chosen": "there", "rejected": "again"},
+         "-- chosen\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n[[there<|im_"),
+        ("kto", {"prompt": "hello", "completion": "there", "label": False}, "label False\n<|im_"),
+        ("causal_lm", {"text": "hello there"}, "hello[[ there<|im_end|>]]"),
+    ],
+)  # fmt: skip
+def test_preview_shows_what_an_objective_learns(
+    config: Path, objective: str, row: dict[str, Any], shown: str
+) -> None:
+    (config.parent / "train.jsonl").write_text(json.dumps(row) + "\n")
+    assert shown in run("data", "preview", str(config), "--set", f"objective.kind={objective}")
+
+
+def test_held_out_rows_can_be_a_share_of_the_others(config: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "x"}]}
+        for n in range(50)
+    ]
+    (config.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = Task.load(resolve(config, ["data.split=0.2"]))
+    assert task.heldout is not None
+    assert task.train.examples + task.heldout.examples == 50
+    assert "examples" in run("data", "preview", str(config), "--heldout", "--set", "data.split=0.2")

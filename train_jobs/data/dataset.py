@@ -1,107 +1,290 @@
-"""From dialogues to packed rows of token ids. No torch: the plan of a run needs these numbers."""
+"""From sources to rows of examples. No torch: the plan of a run needs these numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, overload
+
+import numpy as np
 
 from cluster.errors import ConfigError
-from train_jobs.config import Data
-from train_jobs.data.formats import read_dialogues, sha256
+from train_jobs.data.duplicates import exact
+from train_jobs.data.example import Example
 from train_jobs.data.packing import fill_rate, pack
+from train_jobs.data.selection import (
+    Pool,
+    Shape,
+    divided,
+    fitting,
+    weighed,
+    without_duplicates,
+    without_heldout,
+)
+from train_jobs.data.settings import Data, Source
+from train_jobs.data.store import Cache, Tokens
+from train_jobs.data.tokenise import opened, tokens_of
+from train_jobs.objectives.settings import Objective
 
-
-class Encoder(Protocol):
-    """What is needed of `cluster.text.chat.ChatText`."""
-
-    def encode_training(
-        self, messages: Sequence[dict[str, str]], /
-    ) -> tuple[list[int], list[bool]]:
-        """Return ids and, for each of them, whether it is trained."""
+Row = tuple[Example, ...]
 
 
 @dataclass(frozen=True)
-class Document:
-    """One dialogue as tokens. A trained token is a target: the one before it predicts it."""
+class Report:
+    """What happened to the rows of some sources on their way."""
 
-    where: str
-    """``file:line``, for messages."""
-    ids: tuple[int, ...]
-    trained: tuple[bool, ...]
-
-    @property
-    def trained_tokens(self) -> int:
-        """Tokens that the loss counts; nothing predicts the first token of a document."""
-        return sum(self.trained[1:])
+    sources: tuple[dict[str, Any], ...] = ()
+    """``path``, ``form``, ``rows``, ``bad`` and ``weight`` of each."""
+    bad_rows: tuple[str, ...] = ()
+    """Place and fault of the first that were skipped."""
+    scrubbed: Mapping[str, int] = field(default_factory=dict)
+    """What was replaced, by kind."""
+    too_long: int = 0
+    """Left out because of their length."""
+    truncated: int = 0
+    duplicates: int = 0
+    """Equal to an earlier row, whether removed or not."""
+    removed: int = 0
+    """Duplicates that were left out."""
+    also_heldout: int = 0
+    """Left out because they are measured."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One file, packed: each row is a few whole documents."""
+    """Examples in rows: what is dealt out to steps and ranks. Packed, a row holds several."""
 
-    rows: tuple[tuple[Document, ...], ...]
+    rows: Sequence[Row]
     max_len: int
     empty: int
-    """Dialogues that were left out because nothing in them is trained."""
+    """Records that were left out because nothing in them is trained."""
     sha256: str
+    """Of the sources."""
+    report: Report = field(default_factory=Report)
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of each source file: what lineage remembers."""
 
     @property
-    def documents(self) -> int:
-        """Dialogues in all rows."""
-        return sum(map(len, self.rows))
+    def examples(self) -> int:
+        """Examples in all rows."""
+        return len(self.lengths)
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each example, in the order of the rows."""
+        if isinstance(self.rows, Rows):
+            return self.rows.lengths
+        return [example.tokens for row in self.rows for example in row]
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Tokens of each row."""
+        if isinstance(self.rows, Rows):
+            return self.rows.tokens
+        return tuple(sum(example.tokens for example in row) for row in self.rows)
 
     @property
     def tokens(self) -> int:
         """Tokens of one pass over the rows."""
-        return sum(len(document.ids) for row in self.rows for document in row)
+        return sum(self.lengths)
 
     @property
     def trained_tokens(self) -> int:
         """Tokens of one pass that the loss counts."""
-        return sum(trained_in(row) for row in self.rows)
+        if isinstance(self.rows, Rows):
+            return int(self.rows.pool.trained.sum())
+        return sum(example.trained_tokens for row in self.rows for example in row)
 
     @property
     def fill(self) -> float:
         """Share of the rows that is documents, 0 to 1."""
-        lengths = [len(document.ids) for row in self.rows for document in row]
-        return fill_rate(lengths, len(self.rows), self.max_len)
+        return fill_rate(self.lengths, len(self.rows), self.max_len)
+
+    def first(self, count: int) -> list[Example]:
+        """Return the first examples, in the order of the sources."""
+        if isinstance(self.rows, Rows):
+            return [self.rows.pool.example(at) for at in range(min(count, self.examples))]
+        return [example for row in self.rows for example in row][:count]
+
+    def labels(self) -> list[Any]:
+        """Return the label of every example, in no order that means anything."""
+        if isinstance(self.rows, Rows):
+            return list(self.rows.pool.labels())
+        return [example.label for row in self.rows for example in row]
 
 
-def trained_in(documents: Iterable[Document]) -> int:
-    """Return how many tokens of ``documents`` the loss counts."""
-    return sum(document.trained_tokens for document in documents)
+class Rows(Sequence[Row]):
+    """Rows whose examples are made from mapped tokens when they are asked for."""
+
+    def __init__(self, pool: Pool, rows: Sequence[Sequence[int]] | None) -> None:
+        """Divide the examples of ``pool``; ``rows`` None makes each a row of its own."""
+        self.pool = pool
+        if rows is None:
+            self._members = np.arange(len(pool))
+            self._starts = np.arange(len(pool) + 1)
+        else:
+            self._members = np.fromiter((n for row in rows for n in row), dtype=np.int64)
+            self._starts = np.cumsum([0, *map(len, rows)])
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example, in the order of the rows."""
+        lengths: list[int] = self.pool.lengths[self._members].tolist()
+        return lengths
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens of each row."""
+        whole = np.concatenate([[0], np.cumsum(self.pool.lengths[self._members])])
+        return tuple((whole[self._starts[1:]] - whole[self._starts[:-1]]).tolist())
+
+    @overload
+    def __getitem__(self, at: int) -> Row: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Row]: ...
+    def __getitem__(self, at: int | slice) -> Row | list[Row]:
+        if isinstance(at, slice):
+            return [self[one] for one in range(*at.indices(len(self)))]
+        number = range(len(self))[at]
+        start, end = self._starts[number : number + 2]
+        return tuple(self.pool.example(int(one)) for one in self._members[start:end])
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[at] for at in range(len(self)))
 
 
-def load_dataset(path: Path, config: Data, text: Encoder) -> Dataset:
-    """Read, tokenise and pack one file.
+def load_datasets(
+    config: Data, objective: Objective, base: Path, cache: Cache | None = None
+) -> tuple[Dataset, Dataset | None]:
+    """Read, tokenise and pack what a run learns from, and what it is measured on.
+
+    Not packed, every example is a row of its own.
 
     Raises:
-        ConfigError: a bad row; a dialogue longer than ``max_len``; more rows without a trained
-            token than ``max_empty_share`` allows.
+        ConfigError: a source or a row that cannot be; an example longer than ``max_len``; more
+            bad rows, or rows without a trained token, than the configuration allows.
     """
-    documents: list[Document] = []
-    empty: list[Document] = []
-    for dialogue in read_dialogues(path):
-        try:
-            ids, trained = text.encode_training(dialogue.messages)
-        except ConfigError as error:
-            raise ConfigError(f"{dialogue.where}: {error}") from None
-        document = Document(dialogue.where, tuple(ids), tuple(trained))
-        if len(ids) > config.max_len:
-            raise ConfigError(
-                f"{dialogue.where}: this dialogue has {len(ids)} tokens, data.max_len is "
-                f"{config.max_len}; shorten it or raise data.max_len"
-            )
-        (documents if document.trained_tokens else empty).append(document)
-    total = len(documents) + len(empty)
-    if not documents or len(empty) > config.max_empty_share * total:
-        raise ConfigError(
-            f"{empty[0].where}: no token of this dialogue is trained, as in {len(empty)} of "
-            f"{total} rows; data.max_empty_share allows {config.max_empty_share:g}. Each dialogue "
-            "needs an assistant message; remove these rows, or raise the share to leave them out"
+    packed, shape = objective.packed, shape_of(objective, config.max_len)
+    opened(objective, base)  # refuses what cannot be, also where all tokens are there already
+    train, heldout = _Part.read(config.train, config, objective, base, shape, cache), None
+    if config.heldout:
+        heldout = _Part.read(config.heldout, config, objective, base, shape, cache)
+    elif config.split:
+        train, heldout = train.divided(config.split)
+    train = train.unique(config.deduplicate)
+    if heldout:
+        heldout = heldout.unique(config.deduplicate)
+        train = train.apart_from(heldout, config.deduplicate)
+    train = train.weighed([source.weight for source in config.train])
+    return train.rows(packed), heldout.rows(packed) if heldout else None
+
+
+def shape_of(objective: Objective, max_len: int) -> Shape:
+    """Return what an example of an objective must fit into."""
+    if getattr(objective, "next_sentence", False):
+        return Shape(1 << 31, together=False)  # documents are sentences, of which pairs are made
+    apart = objective.family == "seq2seq" or objective.kind == "reward"
+    return Shape(max_len, together=not apart, ending=objective.family != "decoder")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One of the two data sets while it is made."""
+
+    pool: Pool
+    max_len: int
+    empty: int
+    report: Report
+    hashes: Mapping[str, str]
+
+    @classmethod
+    def read(
+        cls,
+        sources: Sequence[Source],
+        config: Data,
+        objective: Objective,
+        base: Path,
+        shape: Shape,
+        cache: Cache | None,
+    ) -> _Part:
+        read = [tokens_of(source, config, objective, base, cache) for source in sources]
+        tokens = [found for found, _ in read]
+        _check_bad(tokens, config.max_bad_share)
+        if not any(map(len, tokens)):
+            raise ConfigError(f"{', '.join(tokens[0].names)}: holds no rows")
+        kept = fitting(Pool.of(tokens, shape), config)
+        scrubbed: dict[str, int] = {}
+        for kind, times in (item for one in tokens for item in one.index["scrubbed"].items()):
+            scrubbed[kind] = scrubbed.get(kind, 0) + times
+        told = Report(
+            tuple(_told(*both) for both in zip(sources, tokens, strict=True)),
+            tuple(row for one in tokens for row in one.bad_rows()),
+            scrubbed,
+            kept.too_long,
+            kept.truncated,
         )
-    packed = pack([len(document.ids) for document in documents], config.max_len)
-    rows = tuple(tuple(documents[number] for number in row) for row in packed)
-    return Dataset(rows, config.max_len, len(empty), sha256(path))
+        hashes = {name: value for _, found in read for name, value in found.items()}
+        return cls(kept.pool, config.max_len, kept.empty, told, hashes)
+
+    def divided(self, split: float) -> tuple[_Part, _Part]:
+        train, heldout = divided(self.pool, split)
+        told = Report(self.report.sources)
+        return self._with(train), replace(self, pool=heldout, empty=0, report=told)
+
+    def unique(self, how: str) -> _Part:
+        found = int(exact(self.pool.digests).sum())
+        pool = self.pool if how == "none" else without_duplicates(self.pool, how)
+        removed = len(self.pool) - len(pool)
+        return self._with(pool, duplicates=max(found, removed), removed=removed)
+
+    def apart_from(self, heldout: _Part, how: str) -> _Part:
+        if how == "none":
+            return self
+        pool = without_heldout(self.pool, heldout.pool, how)
+        if not len(pool):
+            raise ConfigError("data.train: every row of it is held out as well; train on others")
+        return self._with(pool, also_heldout=len(self.pool) - len(pool))
+
+    def weighed(self, weights: Sequence[float]) -> _Part:
+        return self._with(weighed(self.pool, weights))
+
+    def rows(self, packed: bool) -> Dataset:
+        made = pack(self.pool.lengths.tolist(), self.max_len) if packed else None
+        told = "\n".join(self.hashes.values())
+        return Dataset(
+            Rows(self.pool, made),
+            self.max_len,
+            self.empty,
+            hashlib.sha256(told.encode()).hexdigest(),
+            self.report,
+            self.hashes,
+        )
+
+    def _with(self, pool: Pool, **told: Any) -> _Part:
+        return replace(self, pool=pool, report=replace(self.report, **told))
+
+
+def _told(source: Source, tokens: Tokens) -> dict[str, Any]:
+    return {
+        "path": str(source.path),
+        "form": tokens.index["form"],
+        "rows": len(tokens),
+        "bad": tokens.index["bad"],
+        "weight": source.weight,
+    }
+
+
+def _check_bad(tokens: Sequence[Tokens], allowed: float) -> None:
+    bad = sum(one.index["bad"] for one in tokens)
+    total = bad + sum(map(len, tokens))
+    if bad > allowed * total:
+        first = next(row for one in tokens for row in one.bad_rows())
+        raise ConfigError(
+            f"{first}; {bad} of {total} rows are bad, data.max_bad_share allows {allowed:g}; mend "
+            "them, or raise the share to leave them out"
+        )
