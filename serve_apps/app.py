@@ -67,6 +67,10 @@ class ServedReplica:
         finally:
             await stream.aclose()
 
+    async def sample(self, ask: Any) -> Any:
+        """See :meth:`Replica.sample`."""
+        return await self._replica.sample(ask)
+
     async def check_health(self) -> None:
         """See :meth:`Replica.check_health`."""
         await self._replica.check_health()

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, nullcontext
 
 from cluster.errors import EngineError, RequestError
+from cluster.generation import Answered, Ask
 from cluster.library.store import Library
 from cluster.meter import Meter
 from cluster.text.chat import ChatText
@@ -21,6 +22,7 @@ from serve_apps.config import ModelConfig
 from serve_apps.engine.interface import Engine, EngineInfo, Stream
 from serve_apps.metering import ReplicaMeter
 from serve_apps.prepare import Plan, prepare
+from serve_apps.sampling import answered
 from serve_apps.scores import Scorer
 from serve_apps.tools.forced import ForcedCalls
 from serve_apps.tools.free import FreeCalls
@@ -84,6 +86,13 @@ class Replica:
                 if watch:
                     watch.failed(error)
                 yield self._refusal(call, error)
+
+    async def sample(self, ask: Ask) -> Answered:
+        """Answer a trainer with the active version: ids in, ids out.
+
+        Raises RequestError for what cannot be answered, EngineError when the engine fails.
+        """
+        return await answered(self._engine, ask, self._versions.pick(None)[0])
 
     def _refusal(self, call: Call, error: RequestError | EngineError) -> Refusal:
         if isinstance(error, RequestError):

@@ -50,15 +50,20 @@ class Head:
     def rows(
         self, model: Any, inputs: Mapping[str, Any], reduce: Reduce, *extras: torch.Tensor
     ) -> torch.Tensor:
-        """Return ``values_KF``. Gradients flow through all of it, at the price of the layer's
-        work being done twice."""
+        """Return ``values_KF``.
+
+        Gradients flow through all of it, at the price of the layer's work being done twice.
+        """
         return self._run(model, inputs, _Ask(reduce, extras, summed=False))
 
     def total(
         self, model: Any, inputs: Mapping[str, Any], reduce: Reduce, *extras: torch.Tensor
     ) -> torch.Tensor:
-        """Return ``values_F``, the sums over the places. The gradient of the first is computed on
-        the way, so it may only be scaled afterwards; the others have none."""
+        """Return ``values_F``, the sums over the places.
+
+        The gradient of the first is computed on the way, so it may only be scaled afterwards; the
+        others have none.
+        """
         if not torch.is_grad_enabled():
             return self.rows(model, inputs, reduce, *extras).sum(0)
         return self._run(model, inputs, _Ask(reduce, extras, summed=True))
@@ -86,9 +91,7 @@ class Head:
         ask, hidden_KH = self._ask, hidden_1KH[0]
         bias = layer.bias if layer.bias is not None else None
         kind = _Summed if ask.summed else _Rows
-        values: torch.Tensor = kind.apply(  # type: ignore[no-untyped-call]
-            ask.reduce, hidden_KH, layer.weight, bias, *ask.extras
-        )
+        values: torch.Tensor = kind.apply(ask.reduce, hidden_KH, layer.weight, bias, *ask.extras)
         return values[None, None] if ask.summed else values[None]
 
 
@@ -99,13 +102,15 @@ def can_be_asked(model: Any) -> bool:
     a few tokens are run. Under ZeRO 3 every rank calls this.
     """
     layer, said = model.get_output_embeddings(), []
-    if type(layer) is not torch.nn.Linear:
+    # BART adds its own bias behind the layer, as a rule zeros
+    if type(layer) is not torch.nn.Linear or hasattr(model, "final_logits_bias"):
         return False
     hook = layer.register_forward_hook(lambda _, asked, answer: said.append(answer))
-    device = model.get_input_embeddings().weight.device
+    ids_14 = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
+    given = {"decoder_input_ids": ids_14} if model.config.is_encoder_decoder else {}
     try:
         with torch.no_grad():
-            logits = model(input_ids=torch.arange(4, device=device)[None], use_cache=False).logits
+            logits = model(input_ids=ids_14, use_cache=False, **given).logits
     finally:
         hook.remove()
     return len(said) == 1 and logits.shape == said[0].shape and bool((logits == said[0]).all())
@@ -145,11 +150,11 @@ class _Gradients:
             self.bias += logits_CV.sum(0)
 
 
-class _Summed(torch.autograd.Function):
+class _Summed(torch.autograd.Function):  # type: ignore[misc]
     """Sums over places; the gradient of the first figure is ready before backward asks."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any, reduce: Reduce, hidden_KH: Any, weight_VH: Any, bias: Any, *extras: Any
     ) -> torch.Tensor:
         needed = ctx.needs_input_grad[1:4]
@@ -172,7 +177,7 @@ class _Summed(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, slope_F: torch.Tensor) -> Any:  # noqa: D102
+    def backward(ctx: Any, slope_F: torch.Tensor) -> Any:
         grads, scale = ctx.grads, slope_F[0]
         hidden = None if grads.hidden is None else grads.hidden.mul_(scale)
         weight = None if grads.weight is None else grads.weight.mul_(scale).to(ctx.width)
@@ -181,11 +186,11 @@ class _Summed(torch.autograd.Function):
         return None, hidden, weight, bias, *([None] * ctx.extras)
 
 
-class _Rows(torch.autograd.Function):
+class _Rows(torch.autograd.Function):  # type: ignore[misc]
     """A value for each place; backward computes the logits again."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any, reduce: Reduce, hidden_KH: Any, weight_VH: Any, bias: Any, *extras: Any
     ) -> torch.Tensor:
         ctx.reduce, ctx.bias = reduce, bias
@@ -199,7 +204,7 @@ class _Rows(torch.autograd.Function):
         return torch.cat(blocks) if blocks else hidden_KH.new_zeros(0, 1, dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, slopes_KF: torch.Tensor) -> Any:  # noqa: D102
+    def backward(ctx: Any, slopes_KF: torch.Tensor) -> Any:
         hidden_KH, weight_VH, *extras = ctx.saved_tensors
         grads = _Gradients(hidden_KH, weight_VH, ctx.bias, ctx.needs_input_grad[1:4])
         for at in _blocks(len(hidden_KH), len(weight_VH)):

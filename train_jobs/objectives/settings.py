@@ -66,8 +66,7 @@ class DPO(Settings):
 
 
 class ORPO(Settings):
-    """Odds-ratio preference optimisation: learns the chosen answer and prefers it, without a
-    reference (arXiv:2403.07691)."""
+    """Odds-ratio preference optimisation, without a reference (arXiv:2403.07691)."""
 
     kind: Literal["orpo"]
     beta: PositiveFloat = 0.1
@@ -75,8 +74,7 @@ class ORPO(Settings):
 
 
 class KTO(Settings):
-    """Kahneman-Tversky optimisation: answers that are wanted or not, unpaired
-    (arXiv:2402.01306)."""
+    """Kahneman-Tversky optimisation: answers wanted or not, unpaired (arXiv:2402.01306)."""
 
     kind: Literal["kto"]
     beta: PositiveFloat = 0.1
@@ -228,8 +226,10 @@ class Distillation(Settings):
 
 
 class GRPO(Settings):
-    """Group-relative policy optimisation: answers are generated, scored by functions, and compared
-    with the others to the same prompt (arXiv:2402.03300)."""
+    """Group-relative policy optimisation (arXiv:2402.03300).
+
+    Answers are generated, scored by functions, and compared with the others to the same prompt.
+    """
 
     packed: ClassVar[bool] = False
     kind: Literal["grpo"]

@@ -1,0 +1,1 @@
+"""From records to examples, one module for each family of objectives. No torch."""
