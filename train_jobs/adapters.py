@@ -59,17 +59,27 @@ def attach(model: Any, lora: LoRA) -> Any:
     """Return ``model`` with an adapter around it; the additions alone ask for gradients.
 
     B is zero at first, so that nothing changes yet. A comes from torch's generator: seed every
-    rank alike before.
+    rank alike before. What the base lacked (``added_parameters``, the names of a new head's) is
+    trained whole.
     """
     from peft import LoraConfig, get_peft_model
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    return get_peft_model(
+    added = frozenset(getattr(model, "added_parameters", ()))
+    wrapped = get_peft_model(
         model,
         LoraConfig(
-            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets,
+            exclude_modules=sorted({name.rpartition(".")[0] for name in added}) or None,
         ),
     )
+    for name, parameter in inner(wrapped).named_parameters():
+        if name in added:
+            parameter.requires_grad_(True)
+    return wrapped
 
 
 def inner(model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -74,9 +75,47 @@ def _read_back(path: Path, tensors: Mapping[str, Any]) -> None:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as again:
-        for name, tensor in tensors.items():
-            if not torch.equal(again.get_tensor(name), tensor):
+        for name in again.keys():  # noqa: SIM118 (not a mapping)
+            # transformers may store what it splits or joins when it loads under other names
+            if name in tensors and not torch.equal(again.get_tensor(name), tensors[name]):
                 raise JobError(f"{path}: {name} reads back differently")
+
+
+def write_whole(model: Any, base: Path, target: Path, dtype: str, rank: int = 0) -> None:
+    """Write a model that is of another kind than its base: with a head of its own.
+
+    All tensors under transformers' names, in ``dtype`` (``float32``, ``bfloat16``), and a new
+    config.json with its class and labels; the base's tokenizer and templates are copied byte for
+    byte. Reads back what it wrote. Where ZeRO 3 divides the weights every rank calls it.
+    """
+    import torch
+
+    wide = getattr(torch, dtype)
+    whole: dict[int, Any] = {}
+    weights: dict[str, Any] = {}
+    live = model.state_dict(keep_vars=True)
+    divided = any(hasattr(tensor, "ds_id") for tensor in live.values())
+    for name, tensor in live.items():
+        if id(tensor) not in whole:  # a tied one is the same object under each of its names
+            kept = wide if tensor.is_floating_point() else tensor.dtype
+            whole[id(tensor)] = gathered(tensor, kept, rank == 0)
+        weights[name] = whole[id(tensor)]
+    if rank:
+        return
+    # transformers 5.19 believes that what it loaded under ZeRO 3 had the names of old files
+    model.save_pretrained(target, state_dict=weights, save_original_format=not divided)
+    told = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(told | {"dtype": dtype}, indent=2) + "\n")
+    for source in sorted(base.iterdir()):
+        if not (
+            (target / source.name).exists()
+            or source.suffix == ".safetensors"
+            or source.name.endswith(".safetensors.index.json")
+            or source.name == MANIFEST
+        ):
+            shutil.copyfile(source, target / source.name)
+    for path in target.glob("*.safetensors"):
+        _read_back(path, weights)
 
 
 def live_tensors(model: Any) -> dict[str, Any]:
@@ -85,12 +124,20 @@ def live_tensors(model: Any) -> dict[str, Any]:
 
 
 def publish(
-    engine: Any, base: Version, name: str, staging: Path, facts: Facts, rank: int, adapter: bool
+    engine: Any,
+    base: Version,
+    name: str,
+    staging: Path,
+    facts: Facts,
+    rank: int,
+    adapter: bool,
+    head: bool = False,
 ) -> Version | None:
     """Export the engine's model and add it to the library; every rank calls it.
 
     Only rank 0 gets the version. With ``adapter`` the additions are merged into the base first,
-    after which the engine cannot go on training.
+    after which the engine cannot go on training. ``head`` says that the model is another kind
+    than its base.
     """
     divided = engine.zero_optimization_stage() == 3
     if rank and not divided:
@@ -98,7 +145,10 @@ def publish(
     if rank == 0:
         shutil.rmtree(staging, ignore_errors=True)
     model = merged(engine.module) if adapter else engine.module
-    write_model(live_tensors(model), base.path, staging, rank)
+    if head:
+        write_whole(model, base.path, staging, base.manifest.dtype or "float32", rank)
+    else:
+        write_model(live_tensors(model), base.path, staging, rank)
     if rank:
         return None
     version = Library().publish(name, staging, facts, move=True)

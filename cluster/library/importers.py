@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,26 @@ class Imported:
 
 
 def import_model(
-    library: Library, source: str, name: str | None = None, report: Report = lambda _: None
+    library: Library,
+    source: str,
+    name: str | None = None,
+    report: Report = lambda _: None,
+    random_weights: int | None = None,
 ) -> Imported:
     """Import ``source`` (see ``parse_source``) as the next version of ``name``.
 
-    ``report`` gets lines for the user while it takes its time. Raises LibraryError for what
-    cannot be imported and NotEnough when the disk is short; then the library is unchanged.
+    With the seed ``random_weights`` the source is a directory without weights, and they are drawn:
+    a model to train from the beginning. ``report`` gets lines for the user while it takes its
+    time. Raises LibraryError for what cannot be imported and NotEnough when the disk is short;
+    then the library is unchanged.
     """
     found = parse_source(source)
     name = name or found.default_name
     library.versions(name)  # a name that breaks the rule is told before the work
     bring = {"hub": from_hub, "gguf": from_gguf, "directory": from_hf_dir}[found.kind]
     with explained(f"import {found.where}", library.root, 0):
+        if random_weights is not None:
+            return from_config(library, found, name, random_weights, report)
         return bring(library, found, name, report)
 
 
@@ -77,6 +86,33 @@ def from_hf_dir(library: Library, source: Source, name: str, report: Report) -> 
     return Imported(library.publish(name, source.path, facts), new=True)
 
 
+def from_config(library: Library, source: Source, name: str, seed: int, report: Report) -> Imported:
+    """Draw the weights of a directory that has a config.json and a tokenizer only."""
+    folder = source.path
+    if source.kind != "directory" or folder is None or not (folder / "config.json").is_file():
+        raise LibraryError(
+            f"{source.where}: random weights need a local directory with a config.json and a "
+            "tokenizer.json"
+        )
+    if weights := sorted(folder.glob("*.safetensors")):
+        raise LibraryError(
+            f"{folder}: has weights already ({weights[0].name}); import it without "
+            "--random-weights, or remove them"
+        )
+    with staging(library.root) as stage:
+        report(f"drawing the weights of {source.where} with seed {seed}")
+        out = stage / "drawn"
+        _convert("random_weights", [folder, out, seed], stage / "log", report)
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and allowed(file.name) and not (out / file.name).exists():
+                shutil.copyfile(file, out / file.name)
+        if same := library.same_content(name, out):
+            return Imported(same, new=False)
+        note = f"weights drawn with seed {seed}: untrained"
+        facts = Facts(origin=Origin(source=source.where), notes=(note,))
+        return Imported(library.publish(name, out, facts, move=True), new=True)
+
+
 def from_gguf(library: Library, source: Source, name: str, report: Report) -> Imported:
     """Dequantise a GGUF file to bfloat16 safetensors and import those."""
     assert source.path is not None
@@ -89,7 +125,7 @@ def from_gguf(library: Library, source: Source, name: str, report: Report) -> Im
         report(f"converting {source.path.name} ({size / 1e6:.0f} MB) to safetensors")
         started = time.monotonic()
         out = stage / "converted"
-        _convert(source.path, out, stage / "log", report)
+        _convert("gguf_convert", [source.path, out], stage / "log", report)
         told = json.loads((out / FACTS).read_text())
         (out / FACTS).unlink()
         report(f"converted in {time.monotonic() - started:.0f} s")
@@ -169,9 +205,13 @@ def _hub_error(source: Source, error: Exception) -> LibraryError:
     )
 
 
-def _convert(source: Path, out: Path, log: Path, report: Report) -> None:
-    """Run the converter as a process; its output goes to ``log`` and is shown when it fails."""
-    command = [sys.executable, "-m", "cluster.library.gguf_convert", str(source), str(out)]
+def _convert(program: str, arguments: Sequence[Any], log: Path, report: Report) -> None:
+    """Run one of our converters as a process; its output goes to ``log``, shown when it fails.
+
+    Its first argument is the source.
+    """
+    source = arguments[0]
+    command = [sys.executable, "-m", f"cluster.library.{program}", *map(str, arguments)]
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}

