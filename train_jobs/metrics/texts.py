@@ -40,9 +40,8 @@ def words(text: str) -> list[str]:
 def bleu(said: Sequence[str], meant: Sequence[str]) -> float:
     """Return the BLEU of a whole corpus, 0 to 100 (Papineni et al., ACL 2002, P02-1040).
 
-    Up to four words, divided as `words` does; an order without a match counts half of what the
-    one before it did at best (smoothing 3 of Chen and Cherry, WMT 2014), as sacreBLEU's defaults
-    (arXiv:1804.08771).
+    Up to four words, divided as `words` does; the k-th order without a match counts as ``1 / 2^k``
+    matches (smoothing 3 of Chen and Cherry, WMT 2014): sacreBLEU's defaults (arXiv:1804.08771).
     """
     paired(said, meant)
     hits, total, ours, theirs = [0] * ORDERS, [0] * ORDERS, 0, 0

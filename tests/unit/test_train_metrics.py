@@ -1,0 +1,164 @@
+"""Figures of merit against values that sacreBLEU, rouge_score, scikit-learn and SciPy give."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from train_jobs.metrics import classes, numbers, tags, texts
+from train_jobs.metrics.bootstrap import difference, interval
+
+SAID = [
+    "the cat sat on the mat",
+    "he said 3.14 is pi, right?",
+    "a b c d e f",
+    "Grüße aus Köln!",
+    "nothing in common",
+]
+MEANT = [
+    "the cat is on the mat",
+    "he said that 3.14 is pi.",
+    "a b c d e f",
+    "Grüße aus Bonn!",
+    "quite another text here",
+]
+
+
+def test_bleu_is_sacrebleus() -> None:
+    assert texts.bleu(SAID, MEANT) == pytest.approx(42.899050996647645)
+    smoothed = texts.bleu(["the cat a b c d"], ["the cat x y z w"])
+    assert smoothed == pytest.approx(16.233395773754953)
+    assert texts.bleu(["the cat sat"], ["the cat sat on a mat"]) == 0  # no four words
+    assert texts.bleu(MEANT, MEANT) == pytest.approx(100)
+    assert texts.words("3.14, it's 1-2 (ok).") == [
+        "3.14",
+        ",",
+        "it's",
+        "1",
+        "-",
+        "2",
+        "(",
+        "ok",
+        ")",
+        ".",
+    ]
+
+
+def test_chrf_is_sacrebleus() -> None:
+    assert texts.chrf(SAID, MEANT) == pytest.approx(46.70201889765564)
+    assert texts.chrf(["ab"], ["abc"]) == pytest.approx(63.636363636363626)
+    assert texts.chrf(["ab"], ["xy"]) == 0
+    assert texts.chrf([""], ["xy"]) == 0
+
+
+def test_rouge_l_is_rouge_scores() -> None:
+    assert texts.rouge_l(SAID[:3], MEANT[:3]) == pytest.approx(0.8968253968253969)
+    assert texts.rouge_l(["A-b c"], ["a b, C."]) == 1
+    assert texts.rouge_l([""], ["a"]) == 0
+
+
+def test_exact_match_passes_over_white_space_at_the_ends() -> None:
+    assert texts.exact_match([" a b", "a  b", "c"], ["a b ", "a b", "c"]) == pytest.approx(2 / 3)
+
+
+LEFT, RIGHT = list("abcabcaabb"), list("abbabcacba")
+
+
+def test_classes_are_scikit_learns() -> None:
+    assert classes.accuracy(LEFT, RIGHT) == 0.7
+    assert classes.f1(LEFT, RIGHT, "macro") == pytest.approx(0.6666666666666666)
+    assert classes.f1(LEFT, RIGHT, "micro") == pytest.approx(0.7)
+    assert classes.matthews(LEFT, RIGHT) == pytest.approx(0.53125)
+    assert classes.matthews("aaaa", "abab") == 0  # says nothing
+    assert classes.matthews("abab", "baba") == -1
+
+
+def test_several_classes_each() -> None:
+    said, meant = [{"a"}, {"a", "b"}, set[str]()], [{"a"}, {"b"}, {"c"}]
+    assert classes.f1_of_sets(said, meant, "micro") == pytest.approx(2 * 2 / (3 + 3))
+    assert classes.f1_of_sets(said, meant, "macro") == pytest.approx((2 / 3 + 1 + 0) / 3)
+
+
+def test_calibration_is_the_gap_of_confidence_and_accuracy_by_bins() -> None:
+    confidences, right = (
+        [0.95, 0.95, 0.95, 0.95, 0.55, 0.55],
+        [True, True, True, False, True, False],
+    )
+    expected = 4 / 6 * abs(0.95 - 0.75) + 2 / 6 * abs(0.55 - 0.5)
+    found = classes.expected_calibration_error(confidences, right, bins=10)
+    assert found == pytest.approx(expected)
+    assert classes.expected_calibration_error([1.0, 1.0], [True, True]) == 0
+    assert classes.expected_calibration_error([0.0], [False]) == 0
+
+
+def test_numbers_are_scipys() -> None:
+    x, y = [1.0, 2.0, 2.0, 4.0, 5.5, -1.0], [0.5, 2.5, 1.0, 3.0, 9.0, 0.5]
+    assert numbers.pearson(x, y) == pytest.approx(0.8522785086672736)
+    assert numbers.spearman(x, y) == pytest.approx(0.9705882352941178)
+    assert numbers.pearson([1.0, 1.0], [1.0, 2.0]) == 0
+    assert numbers.mean_squared_error([1.0, 2.0], [1.0, 4.0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("B-PER I-PER O B-LOC", {("PER", 0, 2), ("LOC", 3, 4)}),
+        ("I-PER I-PER I-LOC", {("PER", 0, 2), ("LOC", 2, 3)}),  # begins without B
+        ("B-PER B-PER", {("PER", 0, 1), ("PER", 1, 2)}),
+        ("O O", set()),
+    ],
+)
+def test_entities_are_conllevals(line: str, found: set[tags.Entity]) -> None:
+    assert tags.entities(line.split()) == found
+
+
+def test_entity_f1_wants_kind_and_both_ends() -> None:
+    meant = [["B-PER", "I-PER", "O", "B-LOC"], ["B-LOC", "O"]]
+    said = [["B-PER", "O", "O", "B-LOC"], ["B-PER", "O"]]
+    assert tags.entity_f1(said, meant) == pytest.approx(2 * 1 / (3 + 3))
+    assert tags.are_chunks(["O", "B-X"])
+    assert not tags.are_chunks(["NOUN", "VERB"])
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [texts.bleu, texts.exact_match, classes.accuracy, numbers.pearson, classes.matthews],
+)
+def test_nothing_and_unequal_counts_are_refused(figure: Callable[..., float]) -> None:
+    with pytest.raises(ValueError, match="nothing to measure"):
+        figure([], [])
+    with pytest.raises(ValueError, match="2 predictions for 1 references"):
+        figure(["a", "b"], ["a"])
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def test_an_interval_is_that_of_the_normal_law_where_that_holds() -> None:
+    rng = random.Random(0)
+    right = [float(rng.random() < 0.8) for _ in range(400)]
+    found = interval(right, mean, draws=2000)
+    p = mean(right)
+    half = 1.96 * (p * (1 - p) / 400) ** 0.5
+    assert found.value == p
+    assert found.low == pytest.approx(p - half, abs=0.01)
+    assert found.high == pytest.approx(p + half, abs=0.01)
+    assert interval(right, mean, draws=2000) == found
+    assert interval(right, mean, draws=2000, level=0.5).low > found.low
+
+
+def test_a_small_difference_is_real_where_the_same_examples_show_it() -> None:
+    rng = random.Random(1)
+    theirs = [rng.gauss(0, 5) for _ in range(200)]
+    ours = [value + rng.gauss(0.3, 0.5) for value in theirs]
+    found = difference(ours, theirs, mean)
+    assert found.real
+    assert found.p < 0.01
+    assert found.low < found.value < found.high
+    noise = [value + rng.gauss(0, 0.5) for value in theirs]
+    assert not difference(noise, theirs, mean).real
+    same = difference(theirs, theirs, mean)
+    assert (same.value, same.real, same.p) == (0, False, 1)
