@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +32,8 @@ STOP_S = 30.0
 MODEL = "smollm2-135m-instruct"
 CONTEXT = 2048
 MAX_CONCURRENT = 64
+CHUNK_PER_TOKEN = {"stream_interval_ms": 0, "stream_chunks_per_s": 0}
+"""Limits with which each step of the engine gives each answer a chunk."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,16 @@ class Running:
 
 
 @contextlib.contextmanager
-def ours(setup: Setup) -> Iterator[Running]:
-    """Serve with the whole of Roundhouse: cluster, gateway with keys, replica and rank."""
+def ours(setup: Setup, limits: Mapping[str, Any] | None = None) -> Iterator[Running]:
+    """Serve with the whole of Roundhouse: cluster, gateway with keys, replica and rank.
+
+    ``limits`` are those of the gateway that differ from the defaults.
+    """
     home = BASE / "home"
     home.mkdir(parents=True, exist_ok=True)
     config = BASE / "serve-http.yaml"
-    config.write_text(json.dumps(our_config(setup), indent=1))  # JSON is YAML
+    described = {**our_config(setup), "limits": dict(limits or {})}
+    config.write_text(json.dumps(described, indent=1))  # JSON is YAML
 
     def verb(*args: str) -> dict[str, Any]:
         done = subprocess.run(
@@ -193,6 +200,7 @@ def environ_of(setup: Setup) -> dict[str, str]:
 
 SERVERS: Mapping[str, Callable[[Setup], contextlib.AbstractContextManager[Running]]] = {
     "roundhouse": ours,
+    "roundhouse-chunk-per-token": partial(ours, limits=CHUNK_PER_TOKEN),
     "vllm-server": vllm_server,
     "ray-serve-llm": ray_serve_llm,
     "transformers-serve": transformers_serve,
