@@ -66,7 +66,7 @@ class Limits(Frozen):
     that come faster travel together. 0 gives each step of the engine a chunk."""
     stream_chunks_per_s: NonNegativeInt | None = None
     """Chunks that a replica sends in a second, over all its streams: where they are many, chunks
-    come later and are longer, the first of each excepted. By default 100 for each core of its
+    come later and are longer, the first of each excepted. By default 50 for each core of its
     node, since each chunk costs proxy, gateway and replica time of theirs; 0: no bound."""
 
 

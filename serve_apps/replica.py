@@ -30,7 +30,7 @@ from serve_apps.versions import Board, Versions
 
 HEALTH_S = 8.0
 """Bound of one health check; below the time-out that Serve is given for it."""
-CHUNKS_A_CORE = 100
+CHUNKS_A_CORE = 50
 """A second, where the limits name no number."""
 TRIES = 3
 """Times that a call may see its version retired while its prompt is encoded."""

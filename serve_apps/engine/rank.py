@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import EngineError, RoundhouseError
 from serve_apps.engine.native import build
 from serve_apps.engine.plan import StepPlan
+from serve_apps.engine.slices import ask_for_long_slices
 from serve_apps.engine.wire import Frames, RankSpec, pack
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class Rank(ABC):
         self._send({**hello, "device": self._device.type})
         self._start_loader()
         threading.Thread(target=self._read, name="reader", daemon=True).start()
+        if self._device.type == "cpu":
+            ask_for_long_slices()
         self._loop()
         self._ended = True
 
