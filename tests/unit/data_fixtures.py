@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,14 @@ def examples(data: Dataset) -> list[Example]:
     return data.first(data.examples)
 
 
+def labels(data: Dataset) -> list[Any]:
+    """Return the label of each example."""
+    return [example.label for example in examples(data)]
+
+
 def told(data: Dataset) -> list[Any]:
     """Return what examples are, without their place."""
     return [
         ([(d.ids, d.trained) for d in example.documents], example.label)
         for example in examples(data)
     ]
-
-
-Load = Callable[..., Dataset]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cluster.errors import ConfigError
-from tests.unit.data_fixtures import Loader, examples, jsonl, said, table, told
+from cluster.text.chat import ChatText
+from tests.unit.data_fixtures import Loader, examples, jsonl, labels, said, table, told
 from train_jobs.data.readers import find
 from train_jobs.data.settings import Data, Source
 from train_jobs.objectives.settings import (
@@ -161,15 +162,15 @@ def test_labels_of_every_kind(tmp_path: Path, load: Loader) -> None:
     rows = [{"sentence": "hello", "label": 0}, {"sentence": "out", "label": 1}]
     as_json = load(CLASSES, train=jsonl(tmp_path / "a.jsonl", rows))
     as_table = load(CLASSES, train=table(tmp_path / "a.csv", rows))
-    assert as_json.labels() == ["0", "1"]
+    assert labels(as_json) == ["0", "1"]
     assert told(as_json) == told(as_table)
     (tmp_path / "a.tsv").write_text('hello "\t0\nout\t1\n')
     bare = load(CLASSES, train={"path": tmp_path / "a.tsv", "names": ["text", "label"]})
-    assert bare.labels() == ["0", "1"]
+    assert labels(bare) == ["0", "1"]
     rows = [{"text": "a", "other": "b", "score": 2}, {"text": "c", "other": "d", "score": 0.5}]
-    assert load(SCORES, train=jsonl(tmp_path / "b.jsonl", rows)).labels() == [2.0, 0.5]
+    assert labels(load(SCORES, train=jsonl(tmp_path / "b.jsonl", rows))) == [2.0, 0.5]
     rows = [{"text": "a", "labels": ["x", "y"]}, {"text": "b", "labels": []}]
-    assert load(MANY, train=jsonl(tmp_path / "c.jsonl", rows)).labels() == [("x", "y"), ()]
+    assert labels(load(MANY, train=jsonl(tmp_path / "c.jsonl", rows))) == [("x", "y"), ()]
 
 
 def test_class_numbers_of_arrow_become_their_names(tmp_path: Path, load: Loader) -> None:
@@ -179,7 +180,7 @@ def test_class_numbers_of_arrow_become_their_names(tmp_path: Path, load: Loader)
     features = Features({"text": Value("string"), "label": kind})
     rows = {"text": ["hello", "out"], "label": [1, 0]}
     Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "one")
-    assert load(CLASSES, train=tmp_path / "one").labels() == ["good", "bad"]
+    assert labels(load(CLASSES, train=tmp_path / "one")) == ["good", "bad"]
     features = Features({"tokens": Sequence(Value("string")), "ner_tags": Sequence(kind)})
     rows = {"tokens": [["hello", "out"]], "ner_tags": [[1, 0]]}
     Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "many")
@@ -332,6 +333,34 @@ def test_tool_calls_are_read_from_both_writings() -> None:
     ]
     tools = [{"type": "function", "function": tool}]
     assert ours == Reading("messages").record("a:1", {"messages": messages, "tools": tools})
+
+
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_calls_are_learnt_and_results_are_not(tmp_path: Path, load: Loader) -> None:
+    (load.base / "chat_template.jinja").write_text(TOOLS)
+    row = {
+        "conversations": [
+            {"from": "human", "value": "hello"},
+            {"from": "function_call", "value": '{"name": "roll", "arguments": {"to": "stall"}}'},
+            {"from": "observation", "value": "rolled"},
+            {"from": "gpt", "value": "out"},
+        ],
+        "tools": '[{"name": "roll", "description": "into a stall"}]',
+    }
+    [example] = examples(load(train=jsonl(tmp_path / "a.jsonl", [row])))
+    [document] = example.documents
+    text = ChatText.load(load.base)
+    learnt = [n for n, flag in zip(document.ids, document.trained, strict=True) if flag]
+    assert text.decode(learnt) == '{"name": "roll", "arguments": {"to": "stall"}}out'
+    assert "into a stall" in text.decode(document.ids)
 
 
 def test_a_form_that_the_objective_cannot_take_is_refused_with_those_it_takes(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cluster.errors import ConfigError
 from cluster.text.chat import ChatText
 from cluster.text.pii import scrub
-from tests.unit.data_fixtures import Loader, examples, jsonl, said, told
+from tests.unit.data_fixtures import Loader, examples, jsonl, labels, said, told
 from train_jobs.data import duplicates
 from train_jobs.data.records import Tagged
 from train_jobs.data.scrubbing import scrubbed
@@ -308,7 +308,7 @@ def test_labels_are_not_scrubbed(tmp_path: Path, load: Loader) -> None:
     rows = [{"text": "a@b.org", "label": "a@b.org"}, {"text": "b", "label": "c"}]
     path = jsonl(tmp_path / "a.jsonl", rows)
     kind = SequenceClassification(kind="sequence_classification")
-    assert load(kind, train=path, scrub=True).labels() == ["a@b.org", "c"]
+    assert labels(load(kind, train=path, scrub=True)) == ["a@b.org", "c"]
 
 
 PIECES = ["a", "1", "1 ", "1.", "a.", "a@", ":1", "+1 ", "AA11", "%", "é1-"]

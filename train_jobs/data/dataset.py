@@ -69,7 +69,7 @@ class Dataset:
     @property
     def examples(self) -> int:
         """Examples in all rows."""
-        return len(self.lengths)
+        return len(self.rows.pool) if isinstance(self.rows, Rows) else len(self.lengths)
 
     @property
     def lengths(self) -> Sequence[int]:

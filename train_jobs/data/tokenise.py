@@ -222,7 +222,7 @@ def _by_tasks(work: Work, batches: Iterator[list[Row]]) -> Iterator[Chunk]:
     shared, pending = ray.put(work), deque[Any]()
     for batch in batches:
         pending.append(task.remote(shared, batch))
-        if len(pending) >= 2 * width:
+        if len(pending) > width:
             yield _taken(pending.popleft())
     while pending:
         yield _taken(pending.popleft())
