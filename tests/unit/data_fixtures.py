@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
 import json
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +47,22 @@ def table(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     return path
 
 
+@cache
+def _model() -> str:
+    """Return the folder of a tokenizer that is trained once for all tests."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    write_tokenizer(Path(folder.name))
+    (Path(folder.name) / "config.json").write_text("{}")
+    return folder.name
+
+
 class Loader:
     """Loads data with one base and one home."""
 
     def __init__(self, folder: Path) -> None:
         self.base = folder / "model"
-        write_tokenizer(self.base)
-        (self.base / "config.json").write_text("{}")
+        shutil.copytree(_model(), self.base)
 
     def __call__(self, objective: Objective | None = None, **data: Any) -> Dataset:
         return self.both(objective, **data)[0]

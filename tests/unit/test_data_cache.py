@@ -290,8 +290,13 @@ def test_data_hashes_cover_every_file(tmp_path: Path, load: Loader, rows: Path) 
 
     other = jsonl(tmp_path / "b.jsonl", [said("x", "y")])
     data = load(train=[rows, other])
-    expected = {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in (rows, other)}
+    expected = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (rows, other)}
     assert data.hashes == expected
+    (tmp_path / "held").mkdir()
+    held = jsonl(tmp_path / "held" / "a.jsonl", [said("p", "q")])
+    train, heldout = load.both(train=rows, heldout=held)
+    assert heldout is not None
+    assert [*train.hashes, *heldout.hashes] == ["a.jsonl", "held/a.jsonl"]
     assert load(train=rows).sha256 != data.sha256
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from train_jobs.data.selection import (
     without_duplicates,
     without_heldout,
 )
-from train_jobs.data.settings import Data, Source
+from train_jobs.data.settings import HUB, Data, Source
 from train_jobs.data.store import Cache, Tokens
 from train_jobs.data.tokenise import opened, tokens_of
 from train_jobs.objectives.settings import Objective
@@ -181,7 +182,15 @@ def load_datasets(
         heldout = heldout.unique(config.deduplicate)
         train = train.apart_from(heldout, config.deduplicate)
     train = train.weighed([source.weight for source in config.train])
-    return train.rows(packed), heldout.rows(packed) if heldout else None
+    names = short_names([*train.hashes, *(heldout.hashes if heldout else ())])
+    return train.rows(packed, names), heldout.rows(packed, names) if heldout else None
+
+
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """Return for each path what lineage calls it: without the folder that all of them share."""
+    files = [path for path in paths if not path.startswith(HUB)]
+    shared = os.path.commonpath([os.path.dirname(path) for path in files]) if files else ""
+    return {path: os.path.relpath(path, shared) if path in files else path for path in paths}
 
 
 def shape_of(objective: Objective, max_len: int) -> Shape:
@@ -253,7 +262,7 @@ class _Part:
     def weighed(self, weights: Sequence[float]) -> _Part:
         return self._with(weighed(self.pool, weights))
 
-    def rows(self, packed: bool) -> Dataset:
+    def rows(self, packed: bool, names: Mapping[str, str]) -> Dataset:
         made = pack(self.pool.lengths.tolist(), self.max_len) if packed else None
         told = "\n".join(self.hashes.values())
         return Dataset(
@@ -262,7 +271,7 @@ class _Part:
             self.empty,
             hashlib.sha256(told.encode()).hexdigest(),
             self.report,
-            self.hashes,
+            {names[path]: value for path, value in self.hashes.items()},
         )
 
     def _with(self, pool: Pool, **told: Any) -> _Part:

@@ -58,7 +58,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def digest(text: str) -> int:
     """Return 64 bits that differ for different texts."""
-    hashed = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
+    hashed = hashlib.blake2b(text.encode(), digest_size=8)
     return int.from_bytes(hashed.digest(), "little")
 
 
@@ -73,7 +73,7 @@ def share(digests: NDArray[np.uint64], salt: str) -> NDArray[np.float64]:
 
 def signature(text: str) -> NDArray[np.uint32]:
     """Return the MinHash signature of a text, ``[SIGNATURE]``."""
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     # beyond its ends there is nothing, so that every character is in as many windows
     codes = np.pad(codes.astype(np.uint64), WINDOW - 1)
     windows = np.lib.stride_tricks.sliding_window_view(codes, WINDOW)

@@ -190,14 +190,26 @@ def encode_rows(work: Work, rows: Sequence[Row]) -> Chunk:
             if work.scrub:
                 record, counts = scrubbed(record)
                 built.scrubbed.update(counts)
+            said = whole(content(record))
             example = encode(record)
         except ConfigError as error:
             built.bad.append((row.file, row.line, str(error)))
             continue
-        said = content(record)
         near = signature(said).tolist() if work.near else ()
         built.add(example, row.file, row.line, digest(said), near)
     return built.chunk()
+
+
+def whole(text: str) -> str:
+    """Return ``text``; ConfigError where it holds half of a character, which JSON can spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{text[max(0, error.start - 20) : error.start]!r} is followed by half of a character "
+            f"(\\u{ord(text[error.start]):04x}), which no tokenizer takes; remove it"
+        ) from None
+    return text
 
 
 def in_ray() -> bool:
