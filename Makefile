@@ -5,6 +5,7 @@
 #   make demo-lora the demo with a low-rank adapter, served merged
 #   make bench     serving and training beside their peers; bench-check holds the results to targets
 #   make bench-peers  environments for vLLM, ray.serve.llm and lm-evaluation-harness under .bench
+#   make test-slow    training on SmolLM2 itself, minutes; nightly
 #   make bench-http   the whole product beside whole peers, through HTTP
 #   make down      stop what `make demo` left running
 #   make clean     delete .venv, .bench and .roundhouse (models, runs, keys)
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo demo-lora bench bench-peers bench-http bench-check test install check unit parity ray down clean
+.PHONY: demo demo-lora bench bench-peers bench-http bench-check test install check unit parity ray test-slow down clean
 
 demo: install
 	@$(BIN)/python -m benchmarks.demo
@@ -55,6 +56,9 @@ parity: install
 
 ray: install
 	$(PYTEST) -q -m ray --timeout 600
+
+test-slow: install
+	$(PYTEST) -v -m slow --timeout 1500
 
 install: $(STAMP)
 

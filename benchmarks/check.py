@@ -13,9 +13,14 @@ from pathlib import Path
 
 from benchmarks.env import ROOT
 from benchmarks.harness import Target
+from benchmarks.quality import experiments
 
 RESULTS = ROOT / "benchmarks" / "results"
-PROGRAMS = ("serve", "serve_http", "serve_long", "lm_eval_check", "train")
+QUALITY = "quality "
+PROGRAMS = (
+    *("serve", "serve_http", "serve_long", "lm_eval_check", "train"),
+    *(QUALITY + name for name in experiments.EXPERIMENTS),
+)
 
 
 def main() -> int:
@@ -28,7 +33,7 @@ def main() -> int:
             newest[program] = (result["created"], path, result)
     failed = 0
     for program in PROGRAMS:
-        targets: dict[str, Target] = importlib.import_module(f"benchmarks.{program}").TARGETS
+        targets = targets_of(program)
         if program not in newest:
             print(f"{program}: no result in {RESULTS.relative_to(ROOT)}/")
             failed += 1
@@ -40,6 +45,14 @@ def main() -> int:
             print(f"  {line}")
             failed += bad
     return 1 if failed else 0
+
+
+def targets_of(program: str) -> dict[str, Target]:
+    """Return what a program's figures should be."""
+    if program.startswith(QUALITY):
+        return experiments.TARGETS[program.removeprefix(QUALITY)]
+    targets: dict[str, Target] = importlib.import_module(f"benchmarks.{program}").TARGETS
+    return targets
 
 
 def _judge(name: str, target: Target, result: dict[str, object]) -> tuple[str, bool]:

@@ -48,7 +48,8 @@ class Failed(AssertionError):
 class Ranks:
     """``size`` processes in one gloo group."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, answer_s: float = ANSWER_S) -> None:
+        self._answer_s = answer_s
         context = multiprocessing.get_context("spawn")
         address = free_address()
         self.pipes, self.processes = [], []
@@ -66,7 +67,7 @@ class Ranks:
             pipe.send((work, args))
         answers = []
         for pipe in self.pipes:
-            assert pipe.poll(ANSWER_S), "a rank did not answer"
+            assert pipe.poll(self._answer_s), "a rank did not answer"
             answers.append(pipe.recv())
         errors = [value for kind, value in answers if kind == "error"]
         if errors:

@@ -1,0 +1,1 @@
+"""What fine-tuning gives on real data: experiments as a user would run them."""

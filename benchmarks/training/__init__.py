@@ -1,0 +1,1 @@
+"""What the training benchmark feeds its sides, and the sides."""

@@ -1,0 +1,1 @@
+"""Training on the real model, nightly: `make test-slow`."""
