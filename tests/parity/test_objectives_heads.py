@@ -271,6 +271,21 @@ def test_tc02_tc05_ranks_and_micro_batches_are_only_bookkeeping(
         assert pair[0]["figures"][figure] == pytest.approx(value, rel=0.02, abs=0.02), figure
 
 
+@pytest.mark.parametrize("name", ["single_label", "t5", "next"])
+def test_tc02_stage_3_gives_the_same_curve_and_generates(
+    one: Ranks, two: Ranks, bases: dict[str, Path], name: str
+) -> None:
+    base, fields, data = task(bases, name, 11)
+    fields |= {"run": fields["run"] | {"steps": 3}, "batch": {"micro": 2, "total": 4}, "zero": 0}
+    [alone] = one.run(work.measured, base, fields, data, data)
+    pair = two.run(work.measured, base, fields | {"zero": 3}, data, data)
+    assert pair[0]["start"] == pair[1]["start"] == alone["start"]
+    np.testing.assert_allclose(pair[0]["loss"], alone["loss"], rtol=1e-4)
+    for figure, value in alone["figures"].items():
+        assert pair[0]["figures"][figure] == pair[1]["figures"][figure]
+        assert pair[0]["figures"][figure] == pytest.approx(value, rel=0.02, abs=0.02), figure
+
+
 LEARNT: dict[str, tuple[str, float, int, float]] = {
     # the figure that shows it, what it must reach, steps, learning rate
     "single_label": ("accuracy", 1.0, 60, 5e-3),

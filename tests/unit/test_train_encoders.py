@@ -334,6 +334,8 @@ def test_a_base_of_another_family_is_refused(
         check_family(objective, config, "m@1", max_len)  # type: ignore[arg-type]
 
 
-def test_examples_are_measured_together_in_their_order() -> None:
-    rows = together(labelled(*"abcde"), 2).rows
+def test_examples_of_like_length_are_measured_together() -> None:
+    rows = together(labelled(*"abcde"), 2).rows  # equally long: in their order
     assert [[example.label for example in row] for row in rows] == [["a", "b"], ["c", "d"], ["e"]]
+    long, short = (Example((Document("f", (1,) * n, (True,) * n),), n) for n in (9, 2))
+    assert [example.label for example in together(data([long, short]), 2).rows[0]] == [2, 9]

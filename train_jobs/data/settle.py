@@ -88,8 +88,8 @@ def _unknown(data: Dataset, labels: tuple[str, ...], listed: bool) -> ConfigErro
 
 
 def together(data: Dataset, count: int = MEASURED_TOGETHER) -> Dataset:
-    """Return the data with ``count`` examples a row, in their order."""
-    examples = list(_examples(data))
+    """Return the data with ``count`` examples a row, the shortest first: they need less padding."""
+    examples = sorted(_examples(data), key=lambda example: example.tokens)
     rows = tuple(tuple(examples[start : start + count]) for start in range(0, len(examples), count))
     return replace(data, rows=rows)
 
