@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -65,6 +66,22 @@ def load(path: str | Path, schema: type[Schema], overrides: Sequence[str] = ()) 
                 f"file, which has {', '.join(schema.model_fields)}; is it meant for another verb?"
             ) from None
         raise ConfigError(_explain(error, schema, path, lines, overrides)) from None
+
+
+def build(
+    raw: Mapping[str, Any], schema: type[Schema], overrides: Sequence[str] = (), what: str = ""
+) -> Schema:
+    """Make a ``schema`` of what options said; ``overrides`` win over it, as in `load`.
+
+    Raises ConfigError with every problem at once, each behind ``what``.
+    """
+    fields: dict[str, Any] = copy.deepcopy(dict(raw))
+    for override in overrides:
+        _apply(fields, override)
+    try:
+        return schema.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, schema, Path(what or "options"), {}, overrides)) from None
 
 
 def dump(config: Frozen) -> str:

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add this package's verbs to the command line."""
-    from train_jobs import data_cli, jobs_cli
+    from train_jobs import data_cli, eval_cli, jobs_cli
 
     app.command("train")(train)
+    app.add_typer(eval_cli.app, name="eval")
     app.add_typer(jobs_cli.app, name="jobs")
     app.add_typer(data_cli.app, name="data")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from cluster.library.evaluations import Figure
 from train_jobs.data.dataset import Dataset
 from train_jobs.objectives.base import Objective
 from train_jobs.outcome import Outcome
@@ -11,17 +13,37 @@ from train_jobs.ports import World
 
 
 def evaluate(
-    engine: Any, objective: Objective, data: Dataset, world: World, seed: int = 0
+    engine: Any,
+    objective: Objective,
+    data: Dataset,
+    world: World,
+    seed: int = 0,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Return the objective's figures for all rows of ``data``; every rank calls it and gets them.
 
-    Parameters, gradients and random state stay as they are.
+    Parameters, gradients and random state stay as they are. ``beat`` is called before each pass.
     """
-    return objective.score(outcomes(engine, objective, data, world, seed))
+    return objective.score(outcomes(engine, objective, data, world, seed, beat))
+
+
+def sureness(
+    objective: Objective, found: Sequence[Outcome], seed: int, draws: int = 200
+) -> dict[str, Figure]:
+    """Return the figures of some outcomes with their bootstrap intervals."""
+    from train_jobs.metrics.bootstrap import intervals
+
+    told = intervals(found, objective.score, draws, seed=seed) if found else {}
+    return {n: Figure(value=one.value, low=one.low, high=one.high) for n, one in told.items()}
 
 
 def outcomes(
-    engine: Any, objective: Objective, data: Dataset, world: World, seed: int = 0
+    engine: Any,
+    objective: Objective,
+    data: Dataset,
+    world: World,
+    seed: int = 0,
+    beat: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
     """Return every example's outcome, in the order of the data, on every rank.
 
@@ -36,6 +58,7 @@ def outcomes(
     mine: list[tuple[int, list[Outcome]]] = []
     with torch.no_grad():
         for first in range(0, len(data.rows), world.size):
+            beat()
             number = first + world.rank
             row = data.rows[number if number < len(data.rows) else 0]
             keys = [f"{seed}/heldout/{number}/{at}" for at in range(len(row))]

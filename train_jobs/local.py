@@ -27,10 +27,13 @@ class LocalRanks:
         self._failed: int | None = None
 
     @classmethod
-    def start(cls, run: RunDir, workers: int, resume: bool = False) -> LocalRanks:
+    def start(
+        cls, run: RunDir, workers: int, resume: bool = False, module: str = "train_jobs.local"
+    ) -> LocalRanks:
         """Start all ranks; they meet on a free port of the loopback.
 
-        With ``resume`` they go on from the run's newest checkpoint, and must find one.
+        With ``resume`` they go on from the run's newest checkpoint, and must find one. ``module``
+        is what each of them runs.
         """
         address = free_address()
         ranks = []
@@ -38,7 +41,7 @@ class LocalRanks:
             with _log(run, rank).open("ab" if resume else "wb") as log:
                 ranks.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "train_jobs.local", str(run.path)]
+                        [sys.executable, "-m", module, str(run.path)]
                         + [str(rank), str(workers), address, *(["resume"] if resume else [])],
                         stdout=log,
                         stderr=subprocess.STDOUT,

@@ -98,14 +98,18 @@ def list_(as_json: AsJson = False) -> None:
 def show(ref: Ref, as_json: AsJson = False) -> None:
     """Show what is known about one version."""
     console.use_json(as_json)
+    from cluster.library import evaluations
+
     library = _library()
     version = library.resolve(ref)
     manifest = version.manifest
     history = [move for move in library.alias_history(version.name) if move.to == version.number]
+    measured = library.evaluations(version)
     if as_json:
         document = manifest.model_dump(mode="json")
         document |= _summary(library, version)
         document["alias_history"] = [move.model_dump(mode="json") for move in history]
+        document["evaluations"] = [one.model_dump(mode="json") for one in measured]
         console.result(document)
         return
     console.out(f"{version.ref}: {_described(version)}")
@@ -133,6 +137,9 @@ def show(ref: Ref, as_json: AsJson = False) -> None:
         console.out(
             f"  {'alias moved':<12} @{move.alias} from {move.before} by {move.by}, {move.at}"
         )
+    if measured:
+        told = evaluations.lines(measured)
+        console.table("evaluations", ["of what", "figures with 95% intervals", "when"], told)
     rows = [(file, _size(entry.size), entry.sha256) for file, entry in manifest.files.items()]
     console.table("files", ["file", "size", "sha256"], rows)
 

@@ -2,6 +2,7 @@
 
     <root>/models/<name>/versions/<n>/{config.json, *.safetensors, tokenizer.json, manifest.json}
     <root>/models/<name>/aliases.json
+    <root>/models/<name>/evaluations/<n>/...     see `cluster.library.evaluations`
 
 A version is staged beside, hashed, flushed to disk, and appears by one rename, manifest and all.
 A number is taken by making its directory, which stays empty after a crash or a removal: numbers
@@ -21,6 +22,7 @@ from pathlib import Path
 from cluster.errors import ConfigError, Corrupt, LibraryError, UnknownModel
 from cluster.home import library_dir
 from cluster.library import aliases as alias_file
+from cluster.library import evaluations
 from cluster.library.aliases import AliasMove
 from cluster.library.disk import (
     copy_hashed,
@@ -33,6 +35,7 @@ from cluster.library.disk import (
     take,
     write_durably,
 )
+from cluster.library.evaluations import Evaluation
 from cluster.library.intake import Intake, inspect
 from cluster.library.manifest import (
     MANIFEST,
@@ -216,6 +219,10 @@ class Library:
                 if copy_hashed(version.path / file, directory / file)[0] != entry.sha256:
                     raise Corrupt(f"{version.ref}: {file} differs from its hash; do not use it")
 
+    def evaluations(self, version: Version) -> list[Evaluation]:
+        """Return what was measured of a version after it was published, oldest first."""
+        return evaluations.of(self.root, version.name, version.number)
+
     def remove(self, ref: str | Ref) -> None:
         """Delete one version, given by number; its number is not used again.
 
@@ -240,6 +247,7 @@ class Library:
                 (directory / MANIFEST).unlink(missing_ok=True)
                 fsync_dir(directory)
                 _empty(directory)
+                evaluations.forget(self.root, ref.name, ref.version)
 
     def _appear(self, name: str, place: Path, draft: Manifest) -> Version:
         """Take the next number and make ``place`` that version, in one rename."""

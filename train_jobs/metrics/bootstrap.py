@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,6 +11,8 @@ from train_jobs.metrics.check import paired
 
 Item = TypeVar("Item")
 Figure = Callable[[Sequence[Item]], float]
+Score = Callable[[Sequence[Item]], Mapping[str, float]]
+"""Several figures of the same items, by name."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,28 @@ def interval(
     Efron, Annals of Statistics 7, 1979. The same seed gives the same interval. ValueError where
     there are no items.
     """
+    return intervals(items, lambda some: {"": figure(some)}, draws, level, seed)[""]
+
+
+def intervals(
+    items: Sequence[Item],
+    score: Score[Item],
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Return every figure of a score with its interval; each resample is scored once.
+
+    A resample that lacks a figure, or has no number for it, is left out of that figure's interval.
+    """
     paired(items, items)
-    drawn = _resampled(len(items), draws, seed)
-    values = sorted(figure([items[at] for at in places]) for places in drawn)
-    return Interval(figure(items), *_middle(values, level))
+    found: dict[str, list[float]] = {}
+    for places in _resampled(len(items), draws, seed):
+        _add(found, score([items[at] for at in places]))
+    return {
+        name: Interval(value, *_middle(sorted(found.get(name) or [value]), level))
+        for name, value in score(items).items()
+    }
 
 
 def difference(
@@ -64,15 +85,44 @@ def difference(
 
     The two must be the same examples in the same order (paired bootstrap, Koehn, W04-3250).
     """
+    both = differences(ours, theirs, lambda some: {"": figure(some)}, draws, level, seed)
+    return both[""]
+
+
+def differences(
+    ours: Sequence[Item],
+    theirs: Sequence[Item],
+    score: Score[Item],
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """Return the differences of all figures of a score, from the same resamples."""
     paired(ours, theirs)
-    values = sorted(
-        figure([ours[at] for at in drawn]) - figure([theirs[at] for at in drawn])
-        for drawn in _resampled(len(ours), draws, seed)
-    )
-    below = sum(value <= 0 for value in values)
-    above = sum(value >= 0 for value in values)
-    p = min(1.0, 2 * (min(below, above) + 1) / (draws + 1))
-    return Difference(figure(ours) - figure(theirs), *_middle(values, level), p)
+    found: dict[str, list[float]] = {}
+    for places in _resampled(len(ours), draws, seed):
+        mine, other = (score([side[at] for at in places]) for side in (ours, theirs))
+        _add(found, _minus(mine, other))
+    whole = _minus(score(ours), score(theirs))
+    return {
+        name: _difference(value, found.get(name) or [value], level) for name, value in whole.items()
+    }
+
+
+def _minus(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
+    return {name: value - theirs[name] for name, value in ours.items() if name in theirs}
+
+
+def _add(found: dict[str, list[float]], figures: Mapping[str, float]) -> None:
+    for name, value in figures.items():
+        if math.isfinite(value):
+            found.setdefault(name, []).append(value)
+
+
+def _difference(value: float, drawn: Sequence[float], level: float) -> Difference:
+    below, above = (sum(sign * one >= 0 for one in drawn) for sign in (-1, 1))
+    p = min(1.0, 2 * (min(below, above) + 1) / (len(drawn) + 1))
+    return Difference(value, *_middle(sorted(drawn), level), p)
 
 
 def _resampled(count: int, draws: int, seed: int) -> Iterator[list[int]]:
