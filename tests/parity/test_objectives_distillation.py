@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.generation import Answered, Ask
 from tests.parity import objectives_work as work
 from tests.parity.engine_fixtures import VOCAB, save_tiny
 from tests.parity.training_fixtures import Ranks, base, dataset, documents, one, two
 from tests.parity.training_work import settings
+from tests.unit.serving_fixtures import write_model
 from train_jobs.data.dataset import Dataset
 from train_jobs.data.example import Document, Example
 from train_jobs.objectives import head as heads
 from train_jobs.objectives.distillation import Distilled
 from train_jobs.objectives.divergence import divergence
 from train_jobs.objectives.packed import load_decoder
+from train_jobs.objectives.served_teacher import ServedDistilled
 from train_jobs.objectives.settings import Distillation
 
 pytestmark = pytest.mark.parity
@@ -132,3 +136,63 @@ def test_tc25_a_student_of_its_teachers_size_becomes_it(
     [found] = one.run(work.trained, base, some, dataset(documents(8)), tmp_path)
     assert found["after"]["divergence"] < 0.05
     assert found["after"]["divergence"] < 0.2 * found["before"]["divergence"]
+
+
+class Served:
+    """A teacher behind the sampler's contract: what a replica would say of each place."""
+
+    def __init__(self, directory: Path) -> None:
+        self._model = load_decoder(directory, torch.float32)
+
+    def ask(self, asks: Sequence[Ask]) -> list[Answered]:
+        return [Answered("teacher@1", prompt=self._likely(ask)) for ask in asks]
+
+    def _likely(self, ask: Ask) -> tuple[Any, ...]:
+        with torch.no_grad():
+            ids = torch.tensor([ask.prompt_ids])
+            logps = self._model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(1)
+        top = logps.topk(ask.top, dim=1)
+        rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return tuple(tuple(zip(ids, values, strict=True)) for ids, values in rows)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_a_served_teacher_says_the_same_as_one_beside_the_engine(
+    base: Path, tmp_path_factory: pytest.TempPathFactory, beta: float
+) -> None:
+    other = save_tiny(tmp_path_factory.mktemp("served"), seed=11)
+    examples = [Example((document,)) for document in documents(4, seed=3)]
+    options = {"kind": "distillation", "top_k": 12, "beta": beta, "nll": 0.1}
+    there = ServedDistilled(Distillation(teacher="serve:other", **options), Served(other))
+    here = Distilled(Distillation(teacher="other", **options), other)
+    losses, slopes = [], []
+    for objective in (there, here):
+        student = objective.load(base, torch.float32)
+        objective.prepare(student)
+        [batch] = objective.step(student, [objective.collate(examples)], [1.0])
+        loss = objective.loss(student, batch).total
+        loss.backward()
+        losses.append(loss.detach())
+        slopes.append(student.model.embed_tokens.weight.grad)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-4)
+
+
+def test_what_the_student_says_itself_takes_the_place_of_the_answer(
+    one: Ranks, two: Ranks, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """On-policy: which examples and what is said depend on the place in the run alone."""
+    student = save_tiny(
+        write_model(tmp_path_factory.mktemp("bytes")), vocab_size=258, initializer_range=0.05
+    )
+    teacher = save_tiny(tmp_path_factory.mktemp("other"), seed=3, vocab_size=258)
+    options = {"lmbda": 0.5, "beta": 1.0, "max_completion_length": 6}
+    made = dataset(documents(24))
+    whole = fields(teacher, options=options, zero=0, batch={"micro": 4}, run={"steps": 3})
+    [expected] = one.run(work.trained, student, whole, made, tmp_path)
+    some = fields(teacher, options=options, run={"steps": 3})
+    found = two.run(work.trained, student, some, made, tmp_path)[0]
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-4)
+    off = fields(teacher, options={**options, "lmbda": 0.0}, zero=0, run={"steps": 3})
+    [given] = one.run(work.trained, student, off, made, tmp_path)
+    assert abs(given["loss"][0] / expected["loss"][0] - 1) > 1e-3

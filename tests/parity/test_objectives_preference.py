@@ -84,9 +84,9 @@ def test_tc23_the_policy_begins_as_the_reference(
         assert found["loss"][0] == pytest.approx(math.log(2), abs=1e-5)
 
 
-@pytest.mark.parametrize("zero", [0, 2])
-@pytest.mark.parametrize("adapter", [None, ADAPTER])
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.parametrize(
+    ("kind", "adapter", "zero"), [("dpo", None, 2), ("dpo", ADAPTER, 0), ("kto", ADAPTER, 2)]
+)
 def test_tc08_a_resumed_run_keeps_its_reference(
     two: Ranks, base: Path, tmp_path: Path, kind: str, adapter: Any, zero: int
 ) -> None:

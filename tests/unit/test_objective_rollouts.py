@@ -148,3 +148,26 @@ def test_a_reward_that_is_not_there_is_named(toy: str, name: str) -> None:
 def test_settings_that_cannot_be_are_refused(changes: dict[str, object], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"zero": 3}, "zero=3 with objective grpo"),
+        ({"objective": {"beta": 0.1}}, "objective.beta=0.1 without an adapter"),
+        (
+            {"zero": 3, "objective": {"kind": "distillation", "teacher": "t", "lmbda": 0.5}},
+            "zero=3 with objective distillation",
+        ),
+        ({"objective": {"kind": "distillation", "teacher": "serve:t"}}, "set top_k to 1 ... 100"),
+    ],
+)
+def test_a_run_that_cannot_generate_is_refused(changes: dict[str, object], told: str) -> None:
+    from train_jobs.config import FinetuneConfig
+
+    objective = {"kind": "grpo", "rewards": ["toy:one"], **(changes.pop("objective", {}))}  # type: ignore[dict-item]
+    if objective["kind"] != "grpo":
+        del objective["rewards"]
+    fields = {"model": "m", "data": {"train": "/t.jsonl"}, "run": {"steps": 1}, **changes}
+    with pytest.raises(ValueError, match=told):
+        FinetuneConfig.model_validate({**fields, "objective": objective})

@@ -62,7 +62,7 @@ class Objective(Protocol):
         """
 
     def outcomes(self, model: Any, batch: Any, examples: Sequence[Example]) -> list[Outcome]:
-        """Measure each example by itself, without gradients. The passes are as many on each rank."""
+        """Measure each example by itself, without gradients, in as many passes on each rank."""
 
     def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """Return the figures of a data set, ``loss`` among them. Pure."""
@@ -75,9 +75,11 @@ class Ahead(Protocol):
     def before(
         self, model: Any, data: Dataset, heldout: Dataset | None, run: RunDir, world: World
     ) -> None:
-        """Called by every rank with the engine around the base's own weights, whatever a
-        checkpoint holds. What it finds belongs into the run's folder, so that a resumed run finds
-        the same; rank 0 writes."""
+        """Ask ``model``, the engine around the base's own weights whatever a checkpoint holds.
+
+        Every rank calls it. What it finds belongs into the run's folder, so that a resumed run
+        finds the same; rank 0 writes.
+        """
 
 
 @runtime_checkable
@@ -85,5 +87,8 @@ class Stepwise(Protocol):
     """An objective whose loss needs more of a step than one micro-batch of one rank."""
 
     def step(self, model: Any, batches: Sequence[Any], shares: Sequence[float]) -> Sequence[Any]:
-        """Called by every rank with all its micro-batches, before the losses of a step; returns
-        them ready. A share of 0 marks one that only keeps the other ranks company."""
+        """Return all micro-batches of this rank ready for the losses of a step.
+
+        Every rank calls it, before any loss. A share of 0 marks a batch that only keeps the other
+        ranks company.
+        """

@@ -1,5 +1,7 @@
-"""The next token: continued pre-training, chat SFT and prompt-completion. They differ in what is
-trained, which their encoders decide; the loss is one."""
+"""The next token: continued pre-training, chat SFT and prompt-completion.
+
+They differ in what is trained, which their encoders decide; the loss is one.
+"""
 
 from __future__ import annotations
 

@@ -49,6 +49,9 @@ def continued(
             num_return_sequences=n,
             eos_token_id=list(stop_ids) or None,
             pad_token_id=stop_ids[0] if stop_ids else 0,
+            # else the model's own generation_config.json would have its say
+            repetition_penalty=1.0,
+            num_beams=1,
             **how,
         )
     return [_sample(row, frozenset(stop_ids)) for row in found[:, len(prompt_ids) :].tolist()]

@@ -63,7 +63,7 @@ class Packed:
 def pack_documents(
     documents: Sequence[Document], device: Any = "cpu", share: bool = True
 ) -> Packed:
-    """Build the sequence of some documents, at least one; ``share`` says a common beginning once."""
+    """Build the sequence of at least one document; ``share`` says a common beginning once."""
     prefix = common_prefix([document.ids for document in documents]) if share else 0
     ids = list(documents[0].ids[:prefix])
     positions = list(range(prefix))
