@@ -10,6 +10,9 @@ They are written into ``.step-....partial`` and renamed. A folder without the ma
 file that differs from the manifest, is passed over. The DeepSpeed part is pickle: load only what
 this cluster wrote.
 
+Every rank writes its part between two steps; hashing, flushing and renaming are done by a thread
+of rank 0 while the next steps run (`Saver`).
+
 A run with an adapter saves the adapter and its optimiser state, not the base, which the library
 has. Neither a generator's state nor a place in the data is saved: both follow from the step.
 """
@@ -19,7 +22,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +32,11 @@ from cluster.errors import JobError
 from train_jobs.data.readers import sha256
 from train_jobs.ports import World
 from train_jobs.progress import Progress
+from train_jobs.standing import Standing
 
 STATE, META, MANIFEST, COMPLETE = "state", "meta.json", "manifest.json", "COMPLETE"
+RESIZED = ("run.workers", "run.min_workers")
+"""What may differ from the configuration that a checkpoint was written with."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Meta:
     """Held-out losses that were measured before."""
     seconds: float = 0.0
     """Of all processes that worked on the run, from start to here."""
+    standing: Standing = Standing()
+    """What held-out figures during the run have shown."""
 
     @property
     def step(self) -> int:
@@ -52,36 +61,102 @@ class Meta:
         return self.progress.step
 
 
+def write(engine: Any, folder: Path, step: int, world: World, adapter: bool = False) -> Path:
+    """Have DeepSpeed write its files, every rank its part; returns where they lie.
+
+    Raises:
+        JobError: a rank could not write. Every rank raises the same words, and what there was of
+            the checkpoint is gone.
+    """
+    import torch.distributed as dist
+
+    staged = folder / f".{name_of(step)}.partial"
+    with refused(engine) as problems:
+        if world.rank == 0:
+            try:
+                shutil.rmtree(staged, ignore_errors=True)
+                (staged / STATE).mkdir(parents=True)
+            except OSError as error:
+                problems.append(f"{staged}: {error.strerror}")
+        dist.barrier()
+        engine.save_checkpoint(
+            str(staged),
+            tag=STATE,
+            # Without this key a ZeRO-2 checkpoint cannot be converted to another world size later
+            client_state={"roundhouse": {"step": step}, "universal_checkpoint_info": {}},
+            save_latest=False,
+            exclude_frozen_parameters=adapter,
+        )
+    every: list[list[str]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(every, problems)
+    bad = next(((rank, told[0]) for rank, told in enumerate(every) if told), None)
+    if bad:
+        words: list[str] = [""]
+        if world.rank == 0:
+            shutil.rmtree(staged, ignore_errors=True)
+            words = [str(unwritten(folder, step, f"rank {bad[0]}: {bad[1]}"))]
+        dist.broadcast_object_list(words)
+        raise JobError(words[0])
+    return staged
+
+
+@contextmanager
+def refused(engine: Any) -> Iterator[list[str]]:
+    """Yield a list of the files that DeepSpeed could not write.
+
+    It goes on as if it had: a rank that left in the middle would leave the others waiting.
+    """
+    writer, problems = engine.checkpoint_engine, list[str]()
+    plain = writer.save
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            plain(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch's writer has no errno
+            problems.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+
+    writer.save = save
+    # a script of DeepSpeed's that it would put beside its files
+    engine._copy_recovery_script = lambda _: None
+    try:
+        yield problems
+    finally:
+        del writer.save, engine._copy_recovery_script
+
+
+def unwritten(folder: Path, step: int, why: str) -> JobError:
+    """Return the error for a checkpoint that could not be written."""
+    last, _ = newest(folder, deep=False)
+    there = f"the one of step {read_meta(last).step} is whole" if last else "there is none before"
+    free = shutil.disk_usage(folder).free
+    return JobError(
+        f"the checkpoint of step {step} could not be written ({why:.300}; {free} bytes are free "
+        f"there); {there}: make room, then `roundhouse train --resume {folder.parent.name}`"
+    )
+
+
 def save(
     engine: Any, folder: Path, meta: Meta, world: World, keep: int = 2, adapter: bool = False
 ) -> Path:
-    """Write one checkpoint and remove old ones but ``keep``; every rank calls it.
+    """Write one checkpoint and remove old ones but ``keep``, at once; every rank calls it.
 
     Returns where it lies. One that is there for this very step is replaced only when the new one
     is whole.
     """
     import torch.distributed as dist
 
-    final = folder / f"step-{meta.step:08d}"
-    staged = folder / f".{final.name}.partial"
-    if world.rank == 0:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(
-        str(staged),
-        tag=STATE,
-        # Without this key a ZeRO-2 checkpoint cannot be converted to another world size later
-        client_state={"roundhouse": {"step": meta.step}, "universal_checkpoint_info": {}},
-        save_latest=False,
-        exclude_frozen_parameters=adapter,
-    )
-    dist.barrier()
+    staged = write(engine, folder, meta.step, world, adapter)
+    final = folder / name_of(meta.step)
     if world.rank == 0:
         seal(staged, final, meta)
         prune(folder, meta.step, keep)
     dist.barrier()
     return final
+
+
+def name_of(step: int) -> str:
+    """Return the name of a checkpoint's folder."""
+    return f"step-{step:08d}"
 
 
 def seal(staged: Path, final: Path, meta: Meta) -> None:
@@ -102,13 +177,19 @@ def seal(staged: Path, final: Path, meta: Meta) -> None:
     _sync(final.parent)
 
 
-def prune(folder: Path, step: int, keep: int) -> None:
+def prune(folder: Path, step: int, keep: int, spare: Collection[int] = ()) -> None:
     """Remove checkpoints older than the one of ``step``, just sealed, but ``keep - 1`` of them.
 
+    Those of the steps in ``spare`` stay as well, and do not count.
     Later ones stay: a run that went on from an older checkpoint has passed them over as torn, and
     replaces each when it gets there.
     """
-    older = [path for path in sorted(folder.glob("step-*")) if path.name < f"step-{step:08d}"]
+    spared = {name_of(one) for one in spare}
+    older = [
+        path
+        for path in sorted(folder.glob("step-*"))
+        if path.name < name_of(step) and path.name not in spared
+    ]
     for path in older[: max(0, len(older) - (keep - 1))]:
         _discard(path)
     for leftover in folder.glob(".step-*"):
@@ -118,6 +199,7 @@ def prune(folder: Path, step: int, keep: int) -> None:
 def _discard(path: Path) -> None:
     """Remove a checkpoint; hidden first, so that a process killed meanwhile leaves no torn one."""
     hidden = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed here
     try:
         os.replace(path, hidden)
     except FileNotFoundError:
@@ -130,8 +212,13 @@ def newest(folder: Path, deep: bool = True) -> tuple[Path | None, list[str]]:
 
     Without ``deep`` the files' hashes are not computed: enough to tell a person at once.
     """
+    return first_whole(sorted(folder.glob("step-*"), reverse=True), deep)
+
+
+def first_whole(paths: Iterable[Path], deep: bool = True) -> tuple[Path | None, list[str]]:
+    """Return the first whole one of some checkpoints, and why each before it was passed over."""
     passed: list[str] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in paths:
         problem = next(damage(path, deep), None)
         if problem is None:
             return path, passed
@@ -160,25 +247,23 @@ def damage(path: Path, deep: bool = True) -> Iterator[str]:
 def read_meta(path: Path) -> Meta:
     """Return what a checkpoint says about itself."""
     fields = json.loads((path / META).read_text())
-    return Meta(**{**fields, "progress": Progress(**fields["progress"])})
+    standing = Standing.of(fields.get("standing", {}))
+    return Meta(
+        **{**fields, "progress": Progress(**fields["progress"]), "standing": standing},
+    )
 
 
-def check(path: Path, meta: Meta, world_size: int, config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that this run cannot go on from.
+def check(path: Path, meta: Meta, config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that this run cannot go on from; the number of ranks may differ.
 
     Raises:
-        JobError: the configuration was changed since; the message names the fields. Or another
-            number of ranks wrote it and its optimiser state is divided.
+        JobError: the configuration was changed since; the message names the fields.
     """
-    if changed := differences(meta.config, config):
+    changed = differences(meta.config, config)
+    if changed := [told for told in changed if told.partition(" was ")[0] not in RESIZED]:
         raise JobError(
             f"{path} was written with another configuration: {'; '.join(changed)}; put the old "
             "values back into the run's config.json, or start a new run"
-        )
-    if meta.zero and meta.world != world_size:
-        raise JobError(
-            f"{path} was written by {meta.world} ranks with ZeRO {meta.zero}, this run has "
-            f"{world_size}; set run.workers to {meta.world}"
         )
 
 

@@ -55,7 +55,7 @@ def train(
 
     require_one(config, resume, overrides or [])
     if resume is not None:
-        _resume(resume, local, dry_run)
+        _resume(resume, overrides or [], local, dry_run)
     elif config is not None:
         _start(config, overrides or [], local, dry_run)
 
@@ -83,20 +83,20 @@ def _start(config: Path, overrides: Sequence[str], local: int | None, dry_run: b
         _in_processes(run, resolved, resume=False)
 
 
-def _resume(name: str, local: int | None, dry_run: bool) -> None:
+def _resume(name: str, overrides: Sequence[str], local: int | None, dry_run: bool) -> None:
     from train_jobs import resume
     from train_jobs.checkpoint import read_meta
     from train_jobs.runs import RunDir
 
     run = RunDir.find(name)
     path = resume.require_resumable(run)
-    config = resume.config_of(run, local)
+    config = resume.config_of(run, local, overrides)
     cluster = None if local else find_cluster(required=not dry_run)
     if cluster:
         _require_idle(cluster, run)
-    line = resume.submit_line(cluster, run)
+    line = resume.submit_line(cluster, run, overrides)
     if dry_run:
-        console.out(resume.describe(run, path, line))
+        console.out(resume.describe(run, config, path, line))
         console.result(
             {
                 "dry_run": True,
@@ -108,7 +108,7 @@ def _resume(name: str, local: int | None, dry_run: bool) -> None:
         )
     elif cluster:
         _require_room(cluster, config)
-        _on_cluster(cluster, run, resume.job_command(run), line)
+        _on_cluster(cluster, run, resume.job_command(run, overrides), line)
     else:
         _in_processes(run, config, resume=True)
 

@@ -72,8 +72,8 @@ class Run(Frozen):
     """Where and how long."""
 
     workers: PositiveInt = 1
-    """Ranks; or ``{min: 1, max: 4}``, and the run takes what the cluster has, shrinks when a machine
-    goes and grows when one comes. ``batch.total`` stays the same."""
+    """Ranks; or ``{min: 1, max: 4}``, and the run takes what the cluster has, shrinks when a
+    machine goes and grows when one comes. ``batch.total`` stays the same."""
     min_workers: PositiveInt | None = None
     """Where ``workers`` is ``{min, max}``, its ``min``; ``workers`` then is its ``max``."""
     resize_s: PositiveFloat = 60.0

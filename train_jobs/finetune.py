@@ -53,9 +53,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.resume:
         run = RunDir.find(args.resume)
         checkpoint = resume.require_resumable(run)
-        config = resume.config_of(run, args.local)
+        config = resume.config_of(run, args.local, args.overrides)
         if args.dry_run:
-            console.out(resume.describe(run, checkpoint, resume.submit_line(None, run)))
+            line = resume.submit_line(None, run, args.overrides)
+            console.out(resume.describe(run, config, checkpoint, line))
             return 0
         return execute(run, config, args.local is not None, resume=True)
     local = [f"run.workers={args.local}"] if args.local else []

@@ -84,8 +84,9 @@ def summary(run: RunDir, result: Mapping[str, Any]) -> None:
     if "heldout_loss_before" in result:
         before, after = result["heldout_loss_before"], result["heldout_loss_after"]
         console.out(f"held-out loss  {before:.4f} before, {after:.4f} after")
+    if result["published"]:
+        console.out(f"published      {result['published']} (from {result['base']})")
     console.out(
-        f"published      {result['published']} (from {result['base']})\n"
         f"trained        {result['steps']} steps, {result['tokens']} tokens at "
         f"{result['tokens_per_s']:.0f} tokens/s, {result['seconds']:.0f} s in all\n"
         f"record         {run.result}"
@@ -185,13 +186,22 @@ def line(record: Mapping[str, Any]) -> str:
         case "checkpoint":
             return f"checkpoint at step {record['step']}: {record['path']}"
         case "resumed":
-            return f"resumed from the checkpoint of step {record['step']}"
+            return f"resumed from the checkpoint of step {record['step']}{_resized(record)}"
         case "skipped":
             return f"passed over as torn: {'; '.join(record['checkpoints'])}"
+        case "best":
+            return f"back to the best checkpoint, of step {record['step']}"
         case "published":
             return f"published {record['ref']}"
+        case "untracked":
+            return f"{record['sink']} is left out from here on: {record['why']}"
         case other:
             return str(other)
+
+
+def _resized(record: Mapping[str, Any]) -> str:
+    before, now = record.get("from_world"), record.get("world")
+    return "" if before == now else f", written by {before} ranks, with {now}"
 
 
 def _held_out(record: Mapping[str, Any]) -> str:

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cluster.errors import JobError, NotEnough, RoundhouseError
@@ -19,6 +23,7 @@ from train_jobs.attempts import Attempt
 from train_jobs.config import FinetuneConfig
 from train_jobs.plan import demand
 from train_jobs.runs import RunDir
+from train_jobs.watch import ended
 from train_jobs.worker import train
 
 ROOM_S = 30.0
@@ -74,7 +79,8 @@ def _fit(run: RunDir, config: FinetuneConfig, name: str, resume: bool) -> None:
             "resume": resume,
         },
         scaling_config=ScalingConfig(
-            num_workers=config.run.workers,
+            num_workers=workers_of(config),
+            elastic_resize_monitor_interval_s=config.run.resize_s,
             use_gpu=bool(config.run.num_gpus),
             resources_per_worker=resources,
         ),
@@ -86,11 +92,37 @@ def _fit(run: RunDir, config: FinetuneConfig, name: str, resume: bool) -> None:
         ),
     )
     try:
-        told = trainer.fit().return_value
+        with saving_first(run):
+            told = trainer.fit().return_value
     except TrainingFailedError as error:
         raise JobError(cause(run, error)) from error
     if isinstance(told, dict) and told["status"] == "failed":
         raise JobError(told["error"])
+
+
+@contextmanager
+def saving_first(run: RunDir) -> Iterator[None]:
+    """Meanwhile take a SIGTERM, as ``ray job stop`` sends it, as a wish to save and stop.
+
+    Ray gives a job a minute for it. Where the run has been asked to stop before, it ends now.
+    """
+
+    def end(number: int, _: Any) -> None:
+        if run.stop.exists():
+            sys.exit(128 + number)
+        run.stop.touch()
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def workers_of(config: FinetuneConfig) -> int | tuple[int, int]:
+    """Return the number of ranks as Ray Train takes it: two bounds make a run elastic."""
+    most, least = config.run.workers, config.run.least_workers
+    return most if least == most else (least, most)
 
 
 def wait_for_room(wanted: Demand) -> None:
@@ -133,6 +165,8 @@ def code_revision() -> str | None:
 
 def cause(run: RunDir, error: Any) -> str:
     """Return one line that names the rank and why it failed."""
+    if why := ended(run.pulses):
+        return f"run {run.id}: {why}"
     failures = getattr(error, "worker_failures", {}) or {}
     if not failures:
         return f"run {run.id}: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -70,6 +71,8 @@ class LocalRanks:
         text = _log(self.run, number).read_text(errors="replace").strip()
         code = self.ranks[number].returncode
         last = text.splitlines()[-1] if text else f"exit code {code}"
+        if code is not None and code < 0:
+            last = f"it was ended by {signal.Signals(-code).name}, by somebody or for its memory"
         return (
             f"run {self.run.id}: rank {number} failed: {last}\nwhole log: {_log(self.run, number)}"
         )
@@ -103,7 +106,6 @@ def _log(run: RunDir, rank: int) -> Path:
 def die_with_parent() -> None:
     """Ask the kernel to end this rank when whoever follows the run is gone (Linux)."""
     import ctypes
-    import signal
 
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:

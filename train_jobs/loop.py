@@ -19,6 +19,7 @@ from train_jobs.config import FinetuneConfig
 from train_jobs.data.dataset import Dataset
 from train_jobs.data.example import Example, trained_in
 from train_jobs.data.order import Order, Seat
+from train_jobs.guard import Guard
 from train_jobs.objectives.base import Loss, Objective, Stepwise
 from train_jobs.ports import World, sum_over_ranks
 from train_jobs.progress import START, Progress
@@ -34,20 +35,24 @@ def train(
     world: World,
     save: Callable[[Progress, Mapping[str, float]], None],
     since: Progress = START,
+    guard: Guard | None = None,
 ) -> Progress:
     """Run the optimiser steps after ``since``; returns where it ended.
 
-    ``save(progress, metrics)`` is called on every rank after each ``run.save_every`` steps. What
-    is random in a step depends on the seed, the step and the rank alone.
+    ``save(progress, metrics)`` is called on every rank after each ``run.save_every`` steps, and
+    when ``guard``, a stop or a machine that goes ask for it. What is random in a step depends on
+    the seed, the step and the rank alone.
 
     Raises:
         JobError: a loss or a gradient norm is not finite. Every rank raises the same words, so
             none is left waiting in a collective, and nothing is saved after it.
     """
     engine.train()
+    guard = guard or Guard()
     started, progress, accumulate = time.monotonic(), since, config.accumulate
-    while progress.step < order.steps and not progress.stopped:
+    while progress.step < order.steps and not progress.stopped and not guard.is_over:
         began, step = time.monotonic(), progress.step
+        guard.at(step + 1, "reading rows")
         seed_step(config.run.seed, step, world.rank)
         lr = set_rate(engine, lr_at(step, order.steps, config.optim))
         mine = [
@@ -55,14 +60,21 @@ def train(
             for seats in order.micro_batches(step, world.rank, world.size, config.batch.micro)
         ]
         if isinstance(objective, Stepwise):
+            guard.at(step + 1, "preparing")
             batches = objective.step(engine, [m.batch for m in mine], [m.share for m in mine])
             mine = [replace(m, batch=batch) for m, batch in zip(mine, batches, strict=True)]
-        weight, stop = sum_over_ranks([sum(m.weight for m in mine), float(world.should_stop())])
+        asked = [world.should_stop(), world.should_save(), guard.is_broken()]
+        told = sum_over_ranks([sum(m.weight for m in mine), *map(float, asked)])
+        weight, stop, leaving, broken = told
+        if broken:
+            guard.settle()
         summed, whole = [0.0] * (1 + 2 * len(objective.figures)), None
         for micro in mine:
+            guard.at(step + 1, "forward")
             loss = objective.loss(engine, micro.batch)
             told = agree(loss, micro, objective, step, data, world)
             summed = [a + b for a, b in zip(summed, told, strict=True)]
+            guard.at(step + 1, "backward")
             # undone by DeepSpeed's two averages, over micro-batches and over ranks
             engine.backward(loss.total * (micro.share / weight * world.size * accumulate))
             whole = gradient_norm(engine)
@@ -93,8 +105,13 @@ def train(
             "eta_s": (order.steps - step - 1) * (now - started) / (step + 1 - since.step),
         }
         world.report({"step": step + 1, "steps": order.steps, **metrics})
+        looked = time.monotonic()
+        due = guard.after(progress, metrics)
+        started += time.monotonic() - looked  # held-out rows are no training
         every = config.run.save_every
-        if stop or (every and progress.step % every == 0):
+        due = due or bool(leaving) or bool(every and progress.step % every == 0)
+        if stop or (due and guard.may_save):
+            guard.at(step + 1, "saving")
             save(progress, metrics)
     return progress
 

@@ -47,8 +47,9 @@ def resolve(path: Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
 
 
 def demand(config: FinetuneConfig) -> Demand:
-    """Return what the workers of a run reserve."""
-    return Demand("train rank", config.run.num_cpus, config.run.num_gpus, count=config.run.workers)
+    """Return what the workers of a run reserve; the fewest it works with, where it is elastic."""
+    run = config.run
+    return Demand("train rank", run.num_cpus, run.num_gpus, count=run.least_workers)
 
 
 def job_command(config_path: Path, overrides: Sequence[str] = ()) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,11 @@ from train_jobs.group import Device, Place
 from train_jobs.ports import World
 from train_jobs.progress import START, Progress
 from train_jobs.runs import RunDir
+from train_jobs.saver import Saver
+from train_jobs.standing import Standing
+from train_jobs.supervisor import Supervisor
 from train_jobs.task import Task, config_hash
+from train_jobs.watch import Heart, Lost, clear
 
 if TYPE_CHECKING:
     from cluster.library.manifest import Facts
@@ -33,7 +38,7 @@ def run_rank(
     checkpoint in the run's folder it goes on from there; ``resume`` refuses to do without.
     """
     started = time.monotonic()
-    config = load(run.config, FinetuneConfig)
+    config = load(run.config, FinetuneConfig).at(place.size)
     from train_jobs import group
 
     group.prepare(place, config.run)  # before torch and deepspeed are imported
@@ -61,6 +66,7 @@ def find_checkpoint(
 
     if world.rank == 0:
         run.mend_metrics()
+        clear(run.pulses)
     told: list[Any] = [checkpoint.newest(run.checkpoints) if world.rank == 0 else None]
     dist.broadcast_object_list(told)
     path, passed = told[0]
@@ -71,7 +77,7 @@ def find_checkpoint(
             raise JobError(run.without_checkpoint(passed))
         return None
     meta = checkpoint.read_meta(path)
-    checkpoint.check(path, meta, world.size, config.model_dump(mode="json"))
+    checkpoint.check(path, meta, config.model_dump(mode="json"))
     return path, meta
 
 
@@ -85,18 +91,22 @@ def _run(
     started: float,
 ) -> dict[str, Any]:
     fit = Fit.begin(task, run, world, device, found, started)
-    if not fit.losses:
-        fit.evaluate("before")
-    progress = fit.train()
-    published = None
-    if not progress.stopped:
-        fit.evaluate("after")
-        published = fit.publish(revision)
+    with fit.watched():
+        if not fit.losses:
+            fit.evaluate_before()
+        progress = fit.train()
+        taken = progress.step
+        if not progress.stopped:
+            taken = fit.take_best(progress)
+            fit.evaluate("after")
+    published = None if progress.stopped else fit.publish(revision)
     result = {
         "status": "stopped" if progress.stopped else "succeeded",
         "base": task.base.ref,
         "published": published,
+        "published_step": taken if published else None,
         "steps": progress.step,
+        "ended_early": fit.standing.ended,
         **fit.losses,
         "loss": progress.loss,
         "tokens": progress.tokens,
@@ -119,6 +129,7 @@ class Fit:
     task: Task
     run: RunDir
     world: World
+    device: Device
     engine: Any
     objective: Objective
     record: Mapping[str, Any]
@@ -130,7 +141,11 @@ class Fit:
     seconds_before: float
     """Seconds of earlier processes, up to the checkpoint."""
     losses: dict[str, float]
-    """Held-out losses so far."""
+    """Held-out figures before and after."""
+    standing: Standing
+    """What those in between have shown."""
+    saver: Saver
+    heart: Heart
 
     @classmethod
     def begin(
@@ -143,17 +158,8 @@ class Fit:
         started: float,
     ) -> Fit:
         """Load the base, and a checkpoint if one was found, into an engine; report it."""
-        from train_jobs.loop import check_engine
-        from train_jobs.objectives.base import Ahead
-
         config = task.config
-        settled = config.model_copy(update={"objective": task.objective})
-        engine, objective = build_engine(task.base.path, settled, device)
-        record = check_engine(engine, config, device.dtype, world)
-        if isinstance(objective, Ahead):
-            objective.before(engine, task.train, task.heldout, run, world)
-        if found:
-            checkpoint.load(engine, found[0], adapter=config.adapter is not None)
+        engine, objective, record = open_all(task, run, world, device, found)
         data = {
             "steps": task.order.steps,
             "rows": len(task.train.rows),
@@ -163,48 +169,115 @@ class Fit:
         seconds = round(time.monotonic() - started, 1)
         ready = {"event": "ready", "device": device.name, "seconds": seconds}
         world.report({**ready, **record, **data})
-        if not found:
-            return cls(task, run, world, engine, objective, record, started, START, 0.0, {})
-        path, meta = found
-        world.report({"event": "resumed", "step": meta.step, "path": str(path)})
-        since, losses = meta.progress, dict(meta.losses)
-        before = meta.seconds
-        return cls(task, run, world, engine, objective, record, started, since, before, losses)
+        since, before, losses, standing = START, 0.0, dict[str, float](), Standing()
+        if found:
+            path, meta = found
+            told = {"event": "resumed", "step": meta.step, "path": str(path)}
+            world.report({**told, "from_world": meta.world, "world": world.size})
+            since, before, standing = meta.progress, meta.seconds, meta.standing
+            losses = dict(meta.losses)
+        limits, adapter = config.run, config.adapter is not None
+        saver = Saver(run.checkpoints, world, limits.keep, adapter, limits.timeout_s)
+        heart = Heart(run.pulses, world.rank, world.size, limits.stall_s)
+        return cls(
+            task, run, world, device, engine, objective, record, started, since, before, losses,
+            standing, saver, heart,
+        )  # fmt: skip
 
     @property
     def seconds(self) -> float:
         """Of all processes that worked on the run so far."""
         return self.seconds_before + time.monotonic() - self.started
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Beat, listen, and say who is gone when a collective breaks.
+
+        Raises:
+            Lost: other ranks do not answer.
+        """
+        import torch.distributed as dist
+
+        self.heart.start()
+        dist.barrier()  # all of them beat
+        try:
+            with self.world.listening():
+                yield
+        except RuntimeError as error:
+            if not is_contact_lost(error):
+                raise
+            raise Lost(self._who(error)) from error
+        finally:
+            self.heart.stop()
+            self.saver.join()
+
+    def _who(self, error: RuntimeError) -> str:
+        who = [p for p in self.heart.suspects() if p.rank != self.world.rank]
+        names = " and ".join(map(str, who[:4])) or "the other ranks"
+        at = f", last in step {who[0].step}, {who[0].doing}" if who else ""
+        told = str(error).splitlines()[0]
+        return (
+            f"rank {self.world.rank} lost contact with {names}{at} ({told:.160}); see what ended "
+            "it: memory, the machine, or somebody who killed it"
+        )
+
     def train(self) -> Progress:
-        """Run the optimiser's steps that are left."""
+        """Run the optimiser's steps that are left; the last checkpoint is whole on return."""
         from train_jobs.loop import train
 
         task = self.task
-        return train(
+        guard = Supervisor(
+            task.config.run, self.standing, self.saver, self.heart, lambda when: self.measure(when)
+        )
+
+        def save(progress: Progress, metrics: Mapping[str, float]) -> None:
+            self.standing = guard.standing
+            self.save(progress, metrics)
+
+        progress = train(
             self.engine,
             task.config,
             self.objective,
             task.train,
             task.order,
             self.world,
-            self.save,
+            save,
             self.since,
+            guard,
         )
+        self.standing = guard.standing
+        self.saver.settle()
+        return progress
 
-    def evaluate(self, when: str) -> None:
-        """Measure the held-out rows, if there are any."""
+    def evaluate_before(self) -> None:
+        """Measure the held-out rows first of all, and see that the figures asked for are there."""
+        figures, run = self.evaluate("before"), self.task.config.run
+        if figures:
+            Standing().after(0, figures, run.best, run.early_stop)
+
+    def evaluate(self, when: str) -> Mapping[str, float]:
+        """Measure the held-out rows, if there are any, for the run's result."""
+        if self.task.heldout is None:
+            return {}
+        figures = self.measure(when)
+        self.losses |= {f"heldout_{name}_{when}": value for name, value in figures.items()}
+        return figures
+
+    def measure(self, when: str) -> Mapping[str, float]:
+        """Measure the held-out rows and report what was found."""
         from train_jobs.evaluate import evaluate
 
-        if self.task.heldout is None:
-            return
+        assert self.task.heldout is not None, "the configuration checks it"
         seed = self.task.config.run.seed
-        figures = evaluate(self.engine, self.objective, self.task.heldout, self.world, seed)
+        figures = evaluate(
+            self.engine, self.objective, self.task.heldout, self.world, seed,
+            lambda: self.heart.at(self.since.step, "evaluating"),
+        )  # fmt: skip
         self.world.report({"event": "evaluated", "when": when, **figures})
-        self.losses |= {f"heldout_{name}_{when}": value for name, value in figures.items()}
+        return figures
 
     def save(self, progress: Progress, metrics: Mapping[str, float]) -> None:
-        """Write a checkpoint, and announce it."""
+        """Write a checkpoint; it is sealed and announced meanwhile."""
         config = self.task.config
         meta = checkpoint.Meta(
             # whoever goes on from here has not been asked to stop
@@ -214,12 +287,45 @@ class Fit:
             config=config.model_dump(mode="json"),
             losses=dict(self.losses),
             seconds=self.seconds,
+            standing=self.standing,
         )
-        adapter = config.adapter is not None
-        path = checkpoint.save(
-            self.engine, self.run.checkpoints, meta, self.world, config.run.keep, adapter
-        )
-        self.world.saved(path, {"step": progress.step, **metrics})
+        told = {"step": progress.step, **metrics}
+        self.saver.save(self.engine, meta, self.standing.steps, told)
+
+    def take_best(self, progress: Progress) -> int:
+        """Go back to the best checkpoint, if that is to be published; returns its step.
+
+        The engine is built anew: under ZeRO 3 DeepSpeed loads into a fresh one only.
+        """
+        if self.task.config.publish.which == "last" or not self.standing.best:
+            return progress.step
+        path, passed = self._best()
+        if passed:
+            self.world.report({"event": "skipped", "checkpoints": passed})
+        if path is None:
+            return progress.step
+        meta = checkpoint.read_meta(path)
+        if meta.step != progress.step:
+            del self.engine, self.objective
+            gc.collect()
+            self.engine, self.objective, _ = open_all(
+                self.task, self.run, self.world, self.device, (path, meta)
+            )
+        self.world.report({"event": "best", "step": meta.step})
+        return meta.step
+
+    def _best(self) -> tuple[Path | None, list[str]]:
+        """Return the best checkpoint that is whole, as rank 0 finds it."""
+        import torch.distributed as dist
+
+        told: list[Any] = [None]
+        if self.world.rank == 0:
+            folder = self.run.checkpoints
+            ranked = [folder / checkpoint.name_of(step) for step, _ in self.standing.best]
+            told = [checkpoint.first_whole(ranked)]
+        dist.broadcast_object_list(told)
+        found: tuple[Path | None, list[str]] = told[0]
+        return found
 
     def publish(self, revision: str | None) -> str | None:
         """Add the model to the library. Returns ``name@number`` on rank 0, None on the others."""
@@ -244,8 +350,46 @@ class Fit:
         return version.ref
 
 
-def build_engine(base: Path, config: FinetuneConfig, device: Device) -> tuple[Any, Objective]:
-    """Return DeepSpeed's engine around the base and its adapter, and the objective that asks it."""
+def is_contact_lost(error: RuntimeError) -> bool:
+    """Say whether a collective failed for want of another rank; torch has no one class for it."""
+    text = str(error).lower()
+    return type(error).__name__ in {"DistBackendError", "DistNetworkError", "DistStoreError"} or (
+        any(sign in text for sign in ("connection closed", "connection reset", "timed out"))
+    )
+
+
+def open_all(
+    task: Task,
+    run: RunDir,
+    world: World,
+    device: Device,
+    found: tuple[Path, checkpoint.Meta] | None,
+) -> tuple[Any, Objective, Mapping[str, Any]]:
+    """Return an engine with the base or a checkpoint in it, its objective, and what really runs."""
+    from train_jobs.loop import check_engine
+    from train_jobs.objectives.base import Ahead
+    from train_jobs.reshape import fitted
+
+    config = task.config
+    settled = config.model_copy(update={"objective": task.objective})
+    nothing: AbstractContextManager[tuple[Path | None, bool]] = nullcontext((None, False))
+    with fitted(*found, run.reshaped, world) if found else nothing as (source, universal):
+        engine, objective = build_engine(task.base.path, settled, device, universal)
+        record = check_engine(engine, config, device.dtype, world)
+        if isinstance(objective, Ahead):
+            objective.before(engine, task.train, task.heldout, run, world)
+        if source:
+            checkpoint.load(engine, source, adapter=config.adapter is not None)
+    return engine, objective, record
+
+
+def build_engine(
+    base: Path, config: FinetuneConfig, device: Device, universal: bool = False
+) -> tuple[Any, Objective]:
+    """Return DeepSpeed's engine around the base and its adapter, and the objective that asks it.
+
+    ``universal`` says that it will load a checkpoint of another number of ranks.
+    """
     import torch
 
     from train_jobs.adapters import attach, inner
@@ -253,6 +397,8 @@ def build_engine(base: Path, config: FinetuneConfig, device: Device) -> tuple[An
     from train_jobs.objectives.open import open_objective
 
     rendered = config.deepspeed(device.dtype, on_gpu=device.name != "cpu")
+    if universal:
+        rendered["checkpoint"] = {"load_universal": True}
     seed_everything(config.run.seed)
     objective = open_objective(config)
     with divided(rendered):

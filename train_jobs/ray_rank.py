@@ -10,6 +10,7 @@ from train_jobs.group import Place, free_address
 from train_jobs.ports import RayWorld
 from train_jobs.rank import run_rank
 from train_jobs.runs import RunDir
+from train_jobs.watch import Lost
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -35,5 +36,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     run = RunDir(Path(spec["run"]))
     try:
         return run_rank(run, place, RayWorld(rank, size, run), spec["revision"], spec["resume"])
+    except Lost:
+        raise
     except JobError as error:
         return {"status": "failed", "error": f"run {run.id}: rank {rank} failed: {error}"}

@@ -22,10 +22,11 @@ def require_one(config: Path | None, resume: str | None, overrides: Sequence[str
     """Check that a command line says either a file or a run."""
     if (config is None) == (resume is None):
         raise ConfigError("give either CONFIG, to start a run, or --resume RUN, to go on with one")
-    if resume and overrides:
+    others = [one for one in overrides if one.partition("=")[0] != "run.workers"]
+    if resume and others:
         raise ConfigError(
-            f"--set {overrides[0]} with --resume: a run goes on with the configuration that it "
-            "began with; start a new run to change it"
+            f"--set {others[0]} with --resume: a run goes on with the configuration that it began "
+            "with, but for run.workers; start a new run to change more"
         )
 
 
@@ -49,33 +50,35 @@ def require_resumable(run: RunDir) -> Path:
     return path
 
 
-def config_of(run: RunDir, local: int | None) -> FinetuneConfig:
-    """Return the configuration of a run; ConfigError when ``local`` is another number of ranks."""
-    config = load(run.config, FinetuneConfig)
-    if local is not None and local != config.run.workers:
-        raise ConfigError(
-            f"--local {local}: run {run.id} has {config.run.workers} ranks, and its optimiser's "
-            f"state is theirs; use --local {config.run.workers}"
-        )
-    return config
+def config_of(run: RunDir, local: int | None, overrides: Sequence[str] = ()) -> FinetuneConfig:
+    """Return the configuration of a run, for another number of ranks where one is asked for.
+
+    Raises:
+        ConfigError: ``batch.total`` does not divide by it.
+    """
+    asked = [*overrides, *([f"run.workers={local}"] if local else [])]
+    return load(run.config, FinetuneConfig, ["run.min_workers=null", *asked] if asked else [])
 
 
-def job_command(run: RunDir) -> str:
+def job_command(run: RunDir, overrides: Sequence[str] = ()) -> str:
     """Return the entrypoint of a job that goes on with a run."""
-    return shlex.join(["python", "-m", "train_jobs.finetune", "--resume", run.id])
+    words = ["python", "-m", "train_jobs.finetune", "--resume", run.id]
+    return shlex.join(words + [word for value in overrides for word in ("--set", value)])
 
 
-def submit_line(cluster: Cluster | None, run: RunDir) -> str:
+def submit_line(cluster: Cluster | None, run: RunDir, overrides: Sequence[str] = ()) -> str:
     """Return the line that does by hand what ``roundhouse train --resume`` does."""
-    return hand_line(cluster, job_command(run))
+    return hand_line(cluster, job_command(run, overrides))
 
 
-def describe(run: RunDir, path: Path, line: str) -> str:
+def describe(run: RunDir, config: FinetuneConfig, path: Path, line: str) -> str:
     """Return the text of ``--dry-run``."""
-    meta = checkpoint.read_meta(path)
+    meta, ranks = checkpoint.read_meta(path), config.run
     done, number = meta.progress, len(attempts.history(run)) + 1
+    some = f"{ranks.least_workers} to {ranks.workers}" if ranks.min_workers else f"{ranks.workers}"
+    wrote = "" if str(meta.world) == some else f" ({meta.world} wrote the checkpoint)"
     return (
         f"run {run.id}: attempt {number} would go on after step {done.step} ({done.tokens} tokens "
-        f"in {done.seconds:.0f} s so far), with {meta.world} ranks, ZeRO {meta.zero}\n"
+        f"in {done.seconds:.0f} s so far), with {some} ranks{wrote}, ZeRO {meta.zero}\n"
         f"from {path}\nby hand: {line}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,16 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def reshaped(self) -> Path:
+        """Where a checkpoint of another number of ranks lies while it is read."""
+        return self.path / "reshaped"
+
+    @property
+    def pulses(self) -> Path:
+        """Folder of `train_jobs.watch`: a file of each rank, and why the ranks were ended."""
+        return self.path / "pulses"
+
+    @property
     def stop(self) -> Path:
         """Its existence asks the run to end after the step it is in."""
         return self.path / "stop"
@@ -105,10 +116,21 @@ class RunDir:
         )
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line to ``metrics.jsonl``; a reader sees whole lines only."""
-        line = json.dumps({"time": round(time.time(), 3), **record}) + "\n"
-        with self.metrics.open("a") as file:
-            file.write(line)
+        """Add one line to ``metrics.jsonl``; a reader sees whole lines only.
+
+        One that does not fit on the disk is left out, with a word on the standard error: a run
+        does not end for its telemetry.
+        """
+        line = json.dumps({"time": round(time.time(), 3), **record}).encode() + b"\n"
+        with self.metrics.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                fits = file.write(line) == len(line)
+            except OSError:
+                fits = False
+            if not fits:
+                file.truncate(before)  # half a line would end the ones that can be read
+                sys.stderr.write(f"{self.metrics}: no room for a line: {line.decode()}")
 
     def mend_metrics(self) -> None:
         """Cut off a last line that a killed rank 0 did not finish."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.parity.training_fixtures import (
     one,
     two,
 )
+from train_jobs.checkpoint import newest
 from train_jobs.config import Optim
 from train_jobs.data.dataset import Dataset
 from train_jobs.data.example import Document, Example, trained_in
@@ -108,6 +110,8 @@ def test_the_last_step_may_be_short(two: Ranks, one: Ranks, base: Path) -> None:
 
 
 ADAPTER = {"kind": "lora", "r": 4, "alpha": 8.0, "dropout": 0.1}
+PLAIN = {**ADAPTER, "dropout": 0.0}
+"""What a rank drops depends on its number."""
 
 
 @pytest.mark.parametrize(
@@ -142,14 +146,29 @@ def test_tc14_an_adapters_checkpoint_of_zero_0_loads_at_any_world_size(
     assert here == there
 
 
-def test_tc09_divided_state_at_another_world_size_is_refused(
-    two: Ranks, one: Ranks, base: Path, data: Dataset, tmp_path: Path
+@pytest.mark.parametrize(
+    ("zero", "adapter"), [(0, None), (1, None), (2, None), (3, None), (2, PLAIN), (0, PLAIN)]
+)
+def test_tc09_tc10_two_ranks_then_one_then_two_give_the_curve_of_two(
+    two: Ranks, one: Ranks, base: Path, data: Dataset, tmp_path: Path, zero: int, adapter: Any
 ) -> None:
-    fields = work.settings(run={"steps": 3, "save_every": 3})
-    two.run(work.interrupted, base, fields, data, tmp_path, 3)
-    with pytest.raises(Failed) as failed:
-        one.run(work.loaded_elsewhere, base, fields, data, tmp_path / "step-00000003", 2)
-    assert "written by 2 ranks with ZeRO 2, this run has 1" in failed.value.words[0]
+    fields = work.settings(zero=zero, adapter=adapter, run={"steps": 6}, batch={"total": 4})
+    [whole, _] = two.run(work.curve, base, fields, data)
+    args = base, fields, data, tmp_path
+    legs = []
+    for ranks, until in ((two, 2), (one, 4), (two, 6)):
+        legs.append(ranks.run(work.leg, *args, until)[0])
+        # what was converted is gone, and every rank has read it
+        assert legs[-1]["left"] == ["checkpoints"]
+    losses = [loss for found in legs for loss in found["loss"]]
+    np.testing.assert_allclose(losses, whole["loss"], rtol=1e-5)
+    for name, value in whole["parameters"].items():
+        np.testing.assert_allclose(legs[-1]["parameters"][name], value, atol=2e-4, err_msg=name)
+    for before, after in itertools.pairwise(legs):  # to the bit, moments too
+        assert set(before["ended"]) == set(after["began"])
+        assert any(name.endswith("exp_avg_sq") for name in before["ended"])
+        for name, value in before["ended"].items():
+            np.testing.assert_array_equal(after["began"][name], value, err_msg=name)
 
 
 def logits(directory: Path) -> Any:
@@ -213,6 +232,65 @@ def test_tc30_evaluation_changes_nothing(
         assert outcome["same"]
         assert outcome["gradients"] == 0
         assert outcome["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def test_tc30_looks_at_held_out_rows_during_training_change_nothing(
+    two: Ranks, base: Path, data: Dataset, tmp_path: Path
+) -> None:
+    """And early stopping ends the run at a look, with its best step kept."""
+    fields = work.settings(zero=3, run={"steps": 6})
+    plain = two.run(work.curve, base, fields, data)[0]
+    held = {"train": "/toy.jsonl", "heldout": "/toy.jsonl", "max_len": 64}
+    looks = {"steps": 6, "evaluate_every": 2, "best": {"metric": "loss"}}
+    looked = two.run(
+        work.looked_at, base, work.settings(zero=3, data=held, run=looks), data, tmp_path
+    )
+    assert looked[0]["digest"] == looked[1]["digest"] == plain["digest"]
+    assert looked[0]["loss"] == plain["loss"]
+    seen = looked[0]["seen"]
+    assert len(set(seen)) == 3
+    best = 2 * (1 + seen.index(min(seen)))
+    assert looked[0]["standing"].best == ((best, min(seen)),)
+    assert best in looked[0]["saved"]
+    looks["early_stop"] = {"patience": 1, "min_delta": 1e9}
+    stopped = two.run(
+        work.looked_at, base, work.settings(zero=3, data=held, run=looks), data, tmp_path
+    )
+    assert [found["steps"] for found in stopped] == [4, 4]
+    assert stopped[0]["saved"][-1] == 4  # so that a resumed run knows it is over
+
+
+def test_t42_a_rank_without_disk_ends_the_run_and_the_last_checkpoint_is_whole(
+    two: Ranks, base: Path, data: Dataset, tmp_path: Path
+) -> None:
+    fields = work.settings(run={"steps": 6, "save_every": 2})
+    with pytest.raises(Failed) as failed:
+        two.run(work.disk_full, base, fields, data, tmp_path, 4)
+    assert failed.value.kinds == ["JobError"] * 2
+    first, second = failed.value.words
+    assert first == second  # no rank is left waiting
+    assert "the checkpoint of step 4 could not be written (rank 1: " in first
+    assert "the one of step 2 is whole: make room, then `roundhouse train --resume " in first
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002"]
+    assert newest(folder) == (folder / "step-00000002", [])
+
+
+def test_checkpoints_are_sealed_while_the_next_step_runs(
+    two: Ranks, base: Path, data: Dataset, tmp_path: Path
+) -> None:
+    fields = work.settings(run={"steps": 5, "save_every": 2})
+    args = work.sealed_beside, base, fields, data
+    zero, _ = two.run(*args, tmp_path / "whole", False)
+    assert [one for one in zero["told"] if one != "checkpoint"] == [1, 2, 3, 4, 5]
+    assert zero["told"].count("checkpoint") == 2
+    assert zero["left"] == ["step-00000002", "step-00000004"]
+    with pytest.raises(Failed) as failed:
+        two.run(*args, tmp_path / "full", True)
+    first, second = failed.value.words
+    assert first == second
+    assert "of step 2 could not be written (manifest.json: No space left on device" in first
+    assert "there is none before" in first
 
 
 def test_tc25_eight_examples_are_learnt_by_heart(two: Ranks, base: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,17 @@ from train_jobs.data.order import Order
 from train_jobs.evaluate import evaluate
 from train_jobs.export import gathered, live_tensors, write_model
 from train_jobs.group import Device, Place
+from train_jobs.guard import Guard
 from train_jobs.ports import PlainWorld
 from train_jobs.progress import START, Progress
 from train_jobs.rank import build_engine
+from train_jobs.reshape import fitted
 from train_jobs.runs import RunDir
+from train_jobs.saver import Saver
 from train_jobs.schedule import lr_at
+from train_jobs.standing import Standing
+from train_jobs.supervisor import Supervisor
+from train_jobs.watch import Heart
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -41,7 +50,14 @@ def settings(**changes: Any) -> dict[str, Any]:
 class Session:
     """An engine on the tiny model, and what the loop needs beside it."""
 
-    def __init__(self, place: Place, base: Path, fields: dict[str, Any], data: Dataset) -> None:
+    def __init__(
+        self,
+        place: Place,
+        base: Path,
+        fields: dict[str, Any],
+        data: Dataset,
+        universal: bool = False,
+    ) -> None:
         fields = fields | {"run": fields["run"] | {"workers": place.size}}
         self.config = FinetuneConfig.model_validate(fields)
         self.data = data
@@ -49,13 +65,17 @@ class Session:
         self.world = Recorder(place.rank, place.size, self.records)
         run = self.config.run
         self.order = Order(len(data.rows), self.config.batch.total, run.seed, run.epochs, run.steps)
-        self.engine, self.objective = build_engine(base, self.config, Device("cpu", "float32"))
+        device = Device("cpu", "float32")
+        self.engine, self.objective = build_engine(base, self.config, device, universal)
 
     def train(
-        self, save: Any = lambda progress, metrics: None, since: Progress = START
+        self,
+        save: Any = lambda progress, metrics: None,
+        since: Progress = START,
+        guard: Guard | None = None,
     ) -> Progress:
         what = (self.engine, self.config, self.objective, self.data, self.order, self.world)
-        return loop.train(*what, save, since)
+        return loop.train(*what, save, since, guard)
 
     def whole(self) -> dict[str, torch.Tensor]:
         """Return every tensor of the model, gathered under ZeRO 3."""
@@ -85,7 +105,7 @@ class Session:
     def load(self, path: Path) -> Progress:
         """Go on from a checkpoint."""
         meta = checkpoint.read_meta(path)
-        checkpoint.check(path, meta, self.world.size, self.config.model_dump(mode="json"))
+        checkpoint.check(path, meta, self.config.model_dump(mode="json"))
         checkpoint.load(self.engine, path, adapter=self.config.adapter is not None)
         return meta.progress
 
@@ -111,6 +131,9 @@ class Recorder(PlainWorld):
         self.records.append(dict(metrics))  # type: ignore[attr-defined]
 
     def should_stop(self) -> bool:
+        return False
+
+    def should_save(self) -> bool:
         return False
 
 
@@ -178,6 +201,69 @@ def interrupted(
     }
 
 
+class Until(Guard):
+    """Ends a leg of a run after a step, which the schedule of the rate knows nothing of."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.done = step, 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.done >= self.step
+
+    def after(self, progress: Progress, metrics: Any) -> bool:
+        self.done = progress.step
+        return self.is_over
+
+
+def leg(
+    place: Place, base: Path, fields: dict[str, Any], data: Dataset, folder: Path, until: int
+) -> dict[str, Any]:
+    """Go on from the newest checkpoint, whoever wrote it, up to step ``until``, and save there."""
+    found, passed = checkpoint.newest(folder / "checkpoints")
+    assert not passed
+    if found is None:
+        session, since = Session(place, base, fields, data), START
+    else:
+        meta = checkpoint.read_meta(found)
+        world = Recorder(place.rank, place.size, [])
+        with fitted(found, meta, folder / "reshaped", world) as (source, universal):
+            session = Session(place, base, fields, data, universal)
+            checkpoint.check(found, meta, session.config.model_dump(mode="json"))
+            checkpoint.load(session.engine, source, session.config.adapter is not None)
+        since = meta.progress
+    began = moments(session) if found else {}  # before a step there are none
+    session.train(session.save(folder / "checkpoints"), since, Until(until))
+    left = sorted(path.name for path in folder.iterdir())
+    return session.outcome() | {"began": began, "ended": moments(session), "left": left}
+
+
+def moments(session: Session) -> dict[str, Any]:
+    """Return what each trained parameter and its optimiser have, whole, as float32."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    found: dict[str, Any] = {}
+    staged = session.config.zero > 0
+    for name, parameter in session.engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if staged:
+            state = {
+                "value": safe_get_full_fp32_param(parameter),
+                **{key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS},
+            }
+        else:
+            kept = session.engine.optimizer.state.get(parameter, {})
+            state = {"value": parameter.detach(), **{key: kept.get(key) for key in MOMENTS}}
+        for key, value in state.items():
+            if value is not None:
+                found[f"{name}/{key}"] = value.clone().numpy()
+    return found
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
 def saved_tensors(path: Path) -> list[str]:
     """Return the names of the model's tensors in a checkpoint that rank 0 of ZeRO 0 to 2 wrote."""
     file = path / checkpoint.STATE / "mp_rank_00_model_states.pt"
@@ -194,7 +280,7 @@ def loaded_elsewhere(
     told = session.config.model_dump(mode="json")
     told["run"]["workers"] = wrote
     meta = checkpoint.read_meta(path)
-    checkpoint.check(path, meta, place.size, told)
+    checkpoint.check(path, meta, told)
     checkpoint.load(session.engine, path, adapter=session.config.adapter is not None)
     return digest(session.whole())
 
@@ -251,3 +337,86 @@ def poisoned(
     poison()
     session.train(save)
     return session.outcome()
+
+
+def disk_full(
+    place: Place, base: Path, fields: dict[str, Any], data: Dataset, folder: Path, at: int
+) -> None:
+    """Train; from step ``at`` on files of rank 1 must not be larger than a few kilobytes."""
+    session = Session(place, base, fields, data)
+    write = session.save(folder / "checkpoints")
+
+    def save(progress: Progress, metrics: Any) -> None:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if place.rank == 1 and progress.step >= at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        try:
+            write(progress, metrics)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    session.train(save)
+
+
+def sealed_beside(
+    place: Place, base: Path, fields: dict[str, Any], data: Dataset, folder: Path, fails: bool
+) -> dict[str, Any]:
+    """Train with checkpoints that take long to seal, or cannot be; return what came when."""
+    session = Session(place, base, fields, data)
+    saver = Saver(folder, session.world, keep=2, adapter=False, wait_s=60)
+    plain, gates = checkpoint.seal, [threading.Event()]
+
+    def seal(*args: Any) -> None:
+        assert gates[-1].wait(20), "a step waits for it"
+        if fails:
+            raise OSError(errno.ENOSPC, "No space left on device", "manifest.json")
+        plain(*args)
+
+    class Beside(Guard):
+        def is_broken(self) -> bool:
+            gates[-1].set()  # the next step has begun
+            if fails:
+                saver.join()
+            return saver.is_broken()
+
+        def settle(self) -> None:
+            saver.settle()
+
+    def save(progress: Progress, metrics: Any) -> None:
+        saver.settle()
+        gates.append(threading.Event())
+        saver.save(session.engine, session.meta(progress), (), {"step": progress.step})
+
+    checkpoint.seal = seal
+    try:
+        session.train(save, guard=Beside())
+        gates[-1].set()
+        saver.settle()
+    finally:
+        gates[-1].set()
+        saver.join()
+        checkpoint.seal = plain
+    told = [record.get("event", record.get("step")) for record in session.records]
+    return {"told": told, "left": sorted(path.name for path in folder.iterdir())}
+
+
+def looked_at(
+    place: Place, base: Path, fields: dict[str, Any], data: Dataset, folder: Path
+) -> dict[str, Any]:
+    """Train with a look at the rows after every second step, as a real run does."""
+    session = Session(place, base, fields, data)
+    seen: list[float] = []
+
+    def measure(when: str) -> dict[str, float]:
+        figures = evaluate(session.engine, session.objective, data, session.world)
+        seen.append(figures["loss"])
+        return figures
+
+    run = session.config.run
+    saver = Saver(folder, session.world, run.keep, adapter=False, wait_s=60)
+    heart = Heart(folder / "pulses", place.rank, place.size, 60)
+    guard = Supervisor(run, Standing(), saver, heart, measure)
+    saved: list[int] = []
+    ended = session.train(lambda progress, _: saved.append(progress.step), guard=guard)
+    stood = {"standing": guard.standing, "saved": saved, "seen": seen, "steps": ended.step}
+    return session.outcome() | stood

@@ -143,3 +143,16 @@ def test_t41_t42_a_killed_job_is_resumed_past_a_torn_checkpoint(
     assert again.returncode == 1
     assert "has succeeded and published" in again.stderr
     assert f"run {run.id}: " in cluster.run("jobs", "logs", run.id).stdout
+
+
+def test_t41_ray_job_stop_saves_first(
+    cluster: Rig, training: tuple[subprocess.Popen[str], RunDir]
+) -> None:
+    followed, run = training
+    cluster.cluster.http("POST", f"/api/jobs/{run.id}/stop")
+    told, _ = followed.communicate(timeout=90)
+    assert followed.returncode == 1
+    result = run.read_result() or {}
+    assert result["status"] == "stopped", told
+    [*_, newest] = sorted(run.checkpoints.glob("step-*"))
+    assert newest.name == f"step-{result['steps']:08d}"

@@ -148,6 +148,7 @@ def test_an_unknown_run_names_the_newest(run: RunDir) -> None:
         ([], "give either CONFIG"),
         (["a.yaml", "--resume", "x"], "give either CONFIG"),
         (["--resume", "x", "--set", "zero=0"], "--set zero=0 with --resume"),
+        (["--resume", "x", "--set", "run.workers=1"], "no run 'x'"),
         (["--resume", "x"], "no run 'x'"),
     ],
 )
@@ -158,7 +159,7 @@ def test_what_the_entrypoint_cannot_mean_is_told(
     assert told in capsys.readouterr().err
 
 
-def test_resume_rehearses_and_refuses_another_number_of_ranks(
+def test_tc09_resume_rehearses_with_another_number_of_ranks_too(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written(run.checkpoints, 5)
@@ -168,8 +169,16 @@ def test_resume_rehearses_and_refuses_another_number_of_ranks(
     assert "attempt 1 would go on after step 5 (100 tokens in 2 s so far)" in told
     assert f"-- python -m train_jobs.finetune --resume {run.id}" in told
     assert sorted(run.path.rglob("*")) == before
+    fewer = ["--resume", run.id, "--dry-run", "--set", "run.workers=1"]
+    assert finetune.main(fewer) == 0
+    told = capsys.readouterr().out
+    assert "with 1 ranks (2 wrote the checkpoint), ZeRO 2" in told
+    assert f"--resume {run.id} --set run.workers=1" in told
+    assert finetune.main([*fewer[:-1], "run.workers={min: 1, max: 2}"]) == 0
+    assert "with 1 to 2 ranks (2 wrote" in capsys.readouterr().out
     assert finetune.main(["--resume", run.id, "--local", "3"]) == 1
-    assert "has 2 ranks" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "batch.total=4 is not a multiple of batch.micro * run.workers = 1 * 3" in told
 
 
 def test_the_list_knows_each_state(run: RunDir, hold: Holder) -> None:

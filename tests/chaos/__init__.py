@@ -1,0 +1,1 @@
+"""Kills and exhaustion, minutes each: before a release."""
