@@ -181,6 +181,8 @@ def line(record: Mapping[str, Any]) -> str:
                 f"{record['rows']} rows, {record['tokens']} tokens ({record['trained_tokens']} "
                 f"trained), {record['steps']} steps"
             )
+        case "reference":
+            return f"the base is asked about {record['documents']} answers first, as the reference"
         case "evaluated":
             return _held_out(record)
         case "checkpoint":

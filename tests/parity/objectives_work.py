@@ -51,6 +51,7 @@ class Begun(Session):
         if isinstance(self.objective, Ahead):
             run = RunDir(folder)
             self.objective.before(self.engine, data, heldout, run, self.world)
+            self.records.clear()  # of steps only from here on
 
     def score(self) -> dict[str, float]:
         """Return the figures of what is held out."""

@@ -74,6 +74,8 @@ def remember(head: Head, model: Any, parts: Sequence[Documents], path: Path, wor
     dist.broadcast_object_list(told)
     values = told[0]
     if values is None:
+        # it may take long: whoever follows the run is told what it waits for
+        world.report({"event": "reference", "documents": len(names)})
         values = compute(head, model, every, world)
         if world.rank == 0:
             write(path, values, about)
