@@ -119,8 +119,10 @@ def attach(model: Any, adapter: Adapter) -> Any:
 
 
 def _with_additions(model: Any, lora: LoRA, new: frozenset[str]) -> Any:
-    """Wrap the layers. B is zero at first, so that nothing changes yet; A comes from torch's
-    generator: seed every rank alike before."""
+    """Wrap the layers; B is zero at first, so that nothing changes yet.
+
+    A comes from torch's generator: seed every rank alike before.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D

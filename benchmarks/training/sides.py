@@ -161,10 +161,7 @@ def trainer(
     task = _task(config, home)
     made = documents(home)
     micro = max(1, round(len(made) / len(task.train.rows) * config.batch.micro))
-    rows = [
-        {"ids": d["ids"], "labels": [i if t else -100 for i, t in zip(d["ids"], d["trained"], strict=True)]}
-        for d in made
-    ]  # fmt: skip
+    rows = [{"ids": d["ids"], "labels": labels_of(d)} for d in made]
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *_: Any) -> Any:
@@ -231,6 +228,12 @@ def trainer(
         "engine": found,
         "peak": peak() - baseline,
     }
+
+
+def labels_of(document: Mapping[str, Any]) -> list[int]:
+    """Return the ids with -100 where nothing is trained, as the Trainer wants them."""
+    pairs = zip(document["ids"], document["trained"], strict=True)
+    return [number if trained else -100 for number, trained in pairs]
 
 
 def pad(batch: list[dict[str, Any]]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from tests.parity.engine_fixtures import (
     gone,
     greedy,
     opened,
-    prompts,
     save_tiny,
     tiny_config,
 )

@@ -118,4 +118,5 @@ def documents(count: int, seed: int = 0, prefix: int = 0) -> list[Document]:
 
 def dataset(made: list[Document], max_len: int = 64) -> Dataset:
     rows = pack([len(document.ids) for document in made], max_len)
-    return Dataset(tuple(tuple(Example((made[n],)) for n in row) for row in rows), max_len, 0, "0" * 64)
+    packed = tuple(tuple(Example((made[n],)) for n in row) for row in rows)
+    return Dataset(packed, max_len, 0, "0" * 64)

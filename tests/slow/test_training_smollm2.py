@@ -69,9 +69,7 @@ def test_activations_computed_again_give_the_same_losses(
     np.testing.assert_allclose(outcome["loss"], reference["loss"], rtol=1e-5)
 
 
-def test_tc25_eight_dialogues_are_learnt_by_heart(
-    two: Ranks, smollm2: Path, data: Dataset
-) -> None:
+def test_tc25_eight_dialogues_are_learnt_by_heart(two: Ranks, smollm2: Path, data: Dataset) -> None:
     few = Dataset(tuple(data.rows[n] for n in range(4)), 128, 0, "0" * 64)
     fields = settings(batch={"micro": 1, "total": 4}, optim={"lr": 3e-4}, run={"steps": 20})
     assert two.run(slow.losses, smollm2, fields, few)[0]["loss"][-1] < 0.2

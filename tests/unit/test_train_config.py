@@ -71,7 +71,10 @@ def test_a_resolved_configuration_reads_back_equal(config: Path, tmp_path: Path)
         ({"optim": {"lr": "fast"}}, r"my.yaml:\d+: optim.lr: .*not 'fast'"),
         ({"zero": 4}, r"my.yaml:\d+: zero: "),
         ({"zero": 3, "adapter": {"kind": "lora"}}, r"zero=3 with an adapter: .* use zero: 2"),
-        ({"adapter": {"kind": "lore"}}, r"my.yaml:\d+: adapter.kind: 'lore' is none of 'lora', 'freeze'"),
+        (
+            {"adapter": {"kind": "lore"}},
+            r"my.yaml:\d+: adapter.kind: 'lore' is none of 'lora', 'freeze'",
+        ),
         ({"adapter": {"kind": "lora", "rank": 8}}, r"unknown key 'rank'"),
         ({"adapter": {"kind": "lora", "targets": []}}, "name at least one layer"),
         ({"batch": {"total": 3}}, "batch.total=3 is not a multiple .* use 2 or 4"),
@@ -125,6 +128,17 @@ def test_the_plan_says_what_is_wanted_and_what_is_free(config: Path) -> None:
     told = plan.rehearsal(task, [Node("n1", 4, 4)], "by hand")
     assert json.loads(json.dumps(told))["fits"] is True
     assert "plan: fits: 2 x train rank on n1" in plan.describe(told)
+
+
+def test_tc32_too_little_memory_is_told_with_ways_out(config: Path) -> None:
+    task = Task.load(plan.resolve(config, ["batch.micro=2", "batch.total=4", "zero=0"]))
+    roomy = Node("n1", 4, 4, memory_bytes=1 << 34, memory_free_bytes=1 << 34)
+    assert plan.rehearsal(task, [roomy], "by hand")["fits"] is True
+    tight = Node("n1", 4, 4, memory_bytes=1 << 34, memory_free_bytes=1 << 20)
+    told = plan.rehearsal(task, [tight], "by hand")
+    assert told["fits"] is False
+    assert told["remedies"]
+    assert "too much, most of it for " in plan.describe(told)
 
 
 def test_the_submit_line_quotes_what_a_shell_would_split() -> None:
