@@ -198,6 +198,12 @@ TRAIN_STEP = _gauge("train_step", "Optimiser steps done.")
 TRAIN_STEPS_PLANNED = _gauge("train_steps_planned", "Optimiser steps of the whole run.")
 TRAIN_LOSS = _gauge("train_loss", "Mean loss over the trained tokens of the last step.")
 TRAIN_HELDOUT_LOSS = _gauge("train_heldout_loss", "Loss on the held-out rows, last measured.")
+TRAIN_FIGURE = _gauge(
+    "train_figure", "What the objective says of the last step, by name.", (*MODEL, "figure")
+)
+TRAIN_HELDOUT_FIGURE = _gauge(
+    "train_heldout_figure", "What it says of the held-out rows, by name.", (*MODEL, "figure")
+)
 TRAIN_RATE = _gauge("train_tokens_per_second", "Tokens a second since the run began.")
 TRAIN_GRAD_NORM = _gauge("train_grad_norm", "Gradient norm before clipping, last step.")
 TRAIN_LR = _gauge("train_learning_rate", "Learning rate, last step.")
@@ -228,6 +234,7 @@ TRAINING = (
     *TRAIN_GAUGES.values(),
     *TRAIN_COUNTERS.values(),
     *(TRAIN_STEPS, TRAIN_HELDOUT_LOSS, TRAIN_CHECKPOINT_TIME),
+    *(TRAIN_FIGURE, TRAIN_HELDOUT_FIGURE),
 )
 
 ALL = (*REPLICA, *GATEWAY, *TRAINING)

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add this package's verbs to the command line."""
-    from train_jobs import data_cli, eval_cli, jobs_cli
+    from train_jobs import data_cli, eval_cli, jobs_cli, tune_cli
 
     app.command("train")(train)
+    app.command("tune")(tune_cli.tune)
     app.add_typer(eval_cli.app, name="eval")
     app.add_typer(jobs_cli.app, name="jobs")
     app.add_typer(data_cli.app, name="data")
@@ -46,6 +47,9 @@ def train(
         int | None,
         typer.Option("--local", metavar="N", min=1, help="N processes here, without a cluster."),
     ] = None,
+    time: Annotated[
+        bool, typer.Option("--time", help="Run ten steps and say how long all of them will take.")
+    ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -57,11 +61,14 @@ def train(
     if resume is not None:
         _resume(resume, overrides or [], local, dry_run)
     elif config is not None:
-        _start(config, overrides or [], local, dry_run)
+        _start(config, overrides or [], local, dry_run, time)
 
 
-def _start(config: Path, overrides: Sequence[str], local: int | None, dry_run: bool) -> None:
+def _start(
+    config: Path, overrides: Sequence[str], local: int | None, dry_run: bool, time: bool
+) -> None:
     from cluster.config import dump
+    from train_jobs import timing
     from train_jobs.plan import job_command, resolve, submit_line
     from train_jobs.runs import RunDir
     from train_jobs.task import Task
@@ -74,6 +81,8 @@ def _start(config: Path, overrides: Sequence[str], local: int | None, dry_run: b
         return
     if cluster:
         _require_room(cluster, resolved)
+    if time:
+        resolved = timing.short(resolved)
     run = RunDir.create(config.stem)
     run.config.write_text(dump(resolved))
     if cluster:
@@ -81,6 +90,16 @@ def _start(config: Path, overrides: Sequence[str], local: int | None, dry_run: b
         _on_cluster(cluster, run, job_command(run.config), line)
     else:
         _in_processes(run, resolved, resume=False)
+    if time:
+        found = timing.told(run, task.order.steps)
+        console.out(timing.sentence(found))
+        console.result(found)
+    else:
+        _tell(run)
+
+
+def _tell(run: RunDir) -> None:
+    console.result({"path": run.path, **(run.read_result() or {})})
 
 
 def _resume(name: str, overrides: Sequence[str], local: int | None, dry_run: bool) -> None:
@@ -109,8 +128,10 @@ def _resume(name: str, overrides: Sequence[str], local: int | None, dry_run: boo
     elif cluster:
         _require_room(cluster, config)
         _on_cluster(cluster, run, resume.job_command(run, overrides), line)
+        _tell(run)
     else:
         _in_processes(run, config, resume=True)
+        _tell(run)
 
 
 def _on_cluster(cluster: Cluster, run: RunDir, entrypoint: str, line: str) -> None:
@@ -129,14 +150,12 @@ def _on_cluster(cluster: Cluster, run: RunDir, entrypoint: str, line: str) -> No
     job = SubmittedJob(cluster, run, attempt.name(run))
     job.submit(environment, entrypoint)
     follow(run, job, offset)
-    console.result({"path": run.path, **(run.read_result() or {})})
 
 
 def _in_processes(run: RunDir, config: FinetuneConfig, resume: bool) -> None:
     from train_jobs.finetune import execute
 
     execute(run, config, local=True, resume=resume)
-    console.result({"path": run.path, **(run.read_result() or {})})
 
 
 def _require_idle(cluster: Cluster, run: RunDir) -> None:

@@ -10,41 +10,15 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    field_validator,
     model_validator,
 )
 
 from cluster.config import Frozen
+from train_jobs.adaptation import Adapter, LoRA, Offload, check_offload
 from train_jobs.data.settings import Data
-from train_jobs.objectives.settings import ChatSFT, Objective
+from train_jobs.objectives.settings import GRPO, ChatSFT, Distillation, Objective
+from train_jobs.search import Tune
 from train_jobs.supervision import Best, Diverge, EarlyStop, check_batch, read_workers
-
-
-class LoRA(Frozen):
-    """Train low-rank additions to the linear layers, and leave the base as it is.
-
-    ``W x`` becomes ``W x + alpha / r * B A x`` with A of r rows (arXiv:2106.09685). The run
-    publishes the sum, an ordinary version.
-    """
-
-    kind: Literal["lora"]
-    r: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Of the additions' input, while training."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of layers, as ``[q_proj, v_proj]``, or every linear layer but the output's."""
-
-    @field_validator("targets")
-    @classmethod
-    def _some(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not targets:
-            raise ValueError("name at least one layer, or write all-linear")
-        return targets
-
-
-Adapter = LoRA
-"""Becomes a tagged union with the second kind."""
 
 
 class Optim(Frozen):
@@ -123,6 +97,8 @@ class Publish(Frozen):
     name: str | None = None
     which: Literal["last", "best"] = "last"
     """The weights of the last step, or of the checkpoint that ``run.best`` found best."""
+    hold: bool = False
+    """Leave the model in the run's folder instead, as a search does with its trials'."""
 
 
 class FinetuneConfig(Frozen):
@@ -134,6 +110,11 @@ class FinetuneConfig(Frozen):
     objective: Objective = Field(default_factory=ChatSFT)
     adapter: Adapter | None = None
     """None trains every parameter."""
+    gradient_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Forget activations and compute them again in the backward pass (arXiv:1604.06174): ``full``
+    keeps a layer's input alone, at the price of a second forward pass; ``selective`` keeps the
+    results of matrix products and computes what is cheap again."""
+    offload: Offload = Field(default_factory=Offload)
     zero: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: what is divided over the ranks. 1: the optimiser's state; 2: also the
     gradients; 3: also the parameters; 0: nothing."""
@@ -141,6 +122,10 @@ class FinetuneConfig(Frozen):
     batch: Batch = Field(default_factory=Batch)
     run: Run = Field(default_factory=Run)
     publish: Publish = Field(default_factory=Publish)
+    track: tuple[Literal["tensorboard", "mlflow"], ...] = ()
+    """Where figures go beside ``metrics.jsonl``: ``[tensorboard, mlflow]``."""
+    tune: Tune | None = None
+    """What ``roundhouse tune`` searches; ``roundhouse train`` leaves it alone."""
 
     @model_validator(mode="after")
     def _checks(self) -> FinetuneConfig:
@@ -149,6 +134,7 @@ class FinetuneConfig(Frozen):
             raise ValueError(f"run.workers: min={run.min_workers} is above max={run.workers}")
         check_batch(self.batch.total, self.batch.micro, run.least_workers, run.workers)
         self._check_evaluation()
+        self._check_objective()
         if (self.run.epochs is None) == (self.run.steps is None):
             raise ValueError("run: give either epochs or steps, exactly one of them")
         if self.adapter and self.zero == 3:
@@ -157,6 +143,12 @@ class FinetuneConfig(Frozen):
                 "leaves as they are and its merge needs whole; use zero: 2, which divides all "
                 "that an adapter adds"
             )
+        if self.gradient_checkpointing == "selective" and self.zero == 3:
+            raise ValueError(
+                "gradient_checkpointing=selective with zero=3: stage 3 gathers and frees "
+                "parameters inside of what is computed again, which torch refuses; use full"
+            )
+        check_offload(self.offload, self.zero, run.num_gpus)
         return self
 
     def _check_evaluation(self) -> None:
@@ -168,6 +160,23 @@ class FinetuneConfig(Frozen):
                 raise ValueError(f"run.{name} needs figures to go by: give run.evaluate_every")
         if self.publish.which == "best" and not run.best:
             raise ValueError("publish.which=best needs run.best, which keeps that checkpoint")
+
+    def _check_objective(self) -> None:
+        objective = self.objective
+        generates = isinstance(objective, GRPO) or (
+            isinstance(objective, Distillation) and objective.lmbda > 0
+        )
+        if generates and self.zero == 3:
+            raise ValueError(
+                f"zero=3 with objective {objective.kind}, whose model generates while it learns: "
+                "stage 3 gathers parameters on all ranks at once, and they do not stop together; "
+                "use zero: 2"
+            )
+        if isinstance(objective, GRPO) and objective.beta and not isinstance(self.adapter, LoRA):
+            raise ValueError(
+                f"objective.beta={objective.beta:g} without an adapter: the reference is the base, "
+                "which a full fine-tune no longer has; give an adapter, or leave beta out"
+            )
 
     def at(self, workers: int) -> FinetuneConfig:
         """Return the same run with this many ranks."""
@@ -186,6 +195,7 @@ class FinetuneConfig(Frozen):
 
     def deepspeed(self, dtype: str, on_gpu: bool) -> dict[str, Any]:
         """Render the DeepSpeed configuration: the only place where one is written."""
+        moved = {"device": "cpu", "pin_memory": True}
         return {
             "train_micro_batch_size_per_gpu": self.batch.micro,
             "gradient_accumulation_steps": self.accumulate,
@@ -195,7 +205,11 @@ class FinetuneConfig(Frozen):
                 "stage": self.zero,
                 "overlap_comm": on_gpu,
                 **({} if on_gpu else {"reduce_bucket_size": self.bucket}),
+                **({"offload_optimizer": moved} if self.offload.optimizer else {}),
+                **({"offload_param": moved} if self.offload.parameters else {}),
             },
+            # the optimiser is torch's own also where its state waits in the machine's memory
+            **({"zero_force_ds_cpu_optimizer": False} if self.offload.optimizer else {}),
             "bf16": {"enabled": dtype == "bfloat16"},
             "steps_per_print": 10**9,
         }

@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import JobError
-from cluster.library.manifest import MANIFEST, Facts
+from cluster.library.manifest import CARD, MANIFEST, Facts
 from cluster.library.store import Library, Version
 from train_jobs.adapters import merged
+
+EXPORT = "export"
+"""Where a run's folder holds its model until that is published."""
+HELD = "held.json"
+"""What the library is to remember of such a model."""
 
 
 def write_model(weights: Mapping[str, Any], base: Path, target: Path, rank: int = 0) -> None:
@@ -132,12 +137,15 @@ def publish(
     rank: int,
     adapter: bool,
     head: bool = False,
+    card: str | None = None,
+    hold: bool = False,
 ) -> Version | None:
     """Export the engine's model and add it to the library; every rank calls it.
 
     Only rank 0 gets the version. With ``adapter`` the additions are merged into the base first,
     after which the engine cannot go on training. ``head`` says that the model is another kind
-    than its base.
+    than its base. ``card`` is the version's README, in place of its base's. With ``hold``
+    the model stays in ``staging``, for `publish_held`, and nobody gets a version.
     """
     divided = engine.zero_optimization_stage() == 3
     if rank and not divided:
@@ -151,6 +159,26 @@ def publish(
         write_model(live_tensors(model), base.path, staging, rank)
     if rank:
         return None
+    if card is not None:
+        (staging / CARD).write_text(card)
+    if hold:
+        (staging.parent / HELD).write_text(facts.model_dump_json())
+        return None
     version = Library().publish(name, staging, facts, move=True)
     shutil.rmtree(staging, ignore_errors=True)
+    return version
+
+
+def publish_held(run: Path, name: str) -> Version:
+    """Add the model that a run has kept in its folder to the library.
+
+    Raises:
+        JobError: it has kept none.
+    """
+    try:
+        facts = Facts.model_validate_json((run / HELD).read_bytes())
+    except FileNotFoundError:
+        raise JobError(f"{run}: it holds no model; its run did not come to its end") from None
+    version = Library().publish(name, run / EXPORT, facts, move=True)
+    shutil.rmtree(run / EXPORT, ignore_errors=True)
     return version

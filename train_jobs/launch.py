@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,6 +113,9 @@ def saving_first(run: RunDir) -> Iterator[None]:
             sys.exit(128 + number)
         run.stop.touch()
 
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a trial of a search: Tune's process has the signal
+        return
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield

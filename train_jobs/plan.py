@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,15 @@ from cluster.errors import ConfigError
 from cluster.library.store import Library
 from cluster.package import code_root
 from cluster.resources import GIB, Demand, Node, plan
-from train_jobs.adapters import added_parameters
 from train_jobs.config import FinetuneConfig
 from train_jobs.data.preview import told as sentence
 from train_jobs.data.preview import totals
 from train_jobs.data.readers import find
 from train_jobs.data.settings import Source
-from train_jobs.estimate import of_rank
+from train_jobs.estimate import of_run, of_task
+from train_jobs.remedies import remedies
 from train_jobs.task import Task
+from train_jobs.tracking import check_installed
 
 if TYPE_CHECKING:
     from cluster.session import Cluster
@@ -36,6 +38,7 @@ def resolve(path: Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
         UnknownModel: the library has no such model.
     """
     config = load(path, FinetuneConfig, overrides)
+    check_installed(config.track)
     train = _sources(config.data.train, path, "data.train")
     heldout = config.data.heldout and _sources(config.data.heldout, path, "data.heldout")
     return config.model_copy(
@@ -83,9 +86,16 @@ def rehearsal(task: Task, nodes: Sequence[Node] | None, line: str) -> dict[str, 
     """
     config, device = task.config, "cuda" if task.config.run.num_gpus else "cpu"
     dtype = resolve_dtype(config.run.dtype, device)
-    placed = None if nodes is None else plan([demand(config)], nodes)
-    added = added_parameters(config.adapter, task.base.path) if config.adapter else None
-    memory = of_rank(config, task.base.manifest.architecture, task.train, dtype, added)
+    memory = of_task(task, dtype)
+    need = sum(memory.values())
+    # on a GPU a rank's memory is the GPU's, of which no node tells how much is free
+    told = device == "cpu" and all(node.memory_bytes for node in nodes or ())
+    asked = replace(demand(config), memory_bytes=need if told else 0)
+    placed = None if nodes is None else plan([asked], nodes)
+    ways: list[str] = []
+    if nodes and placed and not placed.fits and plan([demand(config)], nodes).fits:
+        free = max(node.memory_free_bytes for node in nodes)
+        ways = remedies(config, lambda other: of_run(task, other, dtype), free)
     return {
         "dry_run": True,
         "config": config.model_dump(mode="json"),
@@ -97,6 +107,7 @@ def rehearsal(task: Task, nodes: Sequence[Node] | None, line: str) -> dict[str, 
         "dtype": dtype,
         "workers": config.run.workers,
         "memory_of_rank": memory,
+        "remedies": ways,
         "fits": placed.fits if placed else None,
         "plan": str(placed) if placed else "no cluster runs; `roundhouse up` starts one",
         "submit": line,
@@ -119,8 +130,12 @@ def describe(told: Mapping[str, Any]) -> str:
         parts = ", ".join(f"{what} {size / GIB:.1f}" for what, size in memory.items())
         lines.append(
             f"memory: about {sum(memory.values()) / GIB:.1f} GiB for each of {told['workers']} "
-            f"ranks ({parts})"
+            f"ranks ({parts}), give or take 15 %, above what Python and its libraries take"
         )
+    if ways := told["remedies"]:
+        largest = max(memory, key=lambda part: memory[part])
+        lines.append(f"too much, most of it for {largest}; a rank would fit with")
+        lines += [f"  {way}" for way in ways]
     return "\n".join([*lines, f"plan: {told['plan']}", f"by hand: {told['submit']}"])
 
 

@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,11 @@ from train_jobs.saver import Saver
 from train_jobs.standing import Standing
 from train_jobs.supervisor import Supervisor
 from train_jobs.task import Task, config_hash
+from train_jobs.tracking import tracked
 from train_jobs.watch import Heart, Lost, clear
 
 if TYPE_CHECKING:
+    from cluster.library.evaluations import Figure
     from cluster.library.manifest import Facts
     from train_jobs.objectives.base import Objective
 
@@ -46,8 +48,9 @@ def run_rank(
         device = group.join(place, config.run)
         try:
             group.quiet()
-            found = find_checkpoint(run, config, world, resume)
-            result = _run(Task.load(config), run, world, device, revision, found, started)
+            with tracked(world, run, config) as told:
+                found = find_checkpoint(run, config, told, resume)
+                result = _run(Task.load(config), run, told, device, revision, found, started)
         finally:
             group.leave()
     return result
@@ -146,6 +149,8 @@ class Fit:
     """What those in between have shown."""
     saver: Saver
     heart: Heart
+    intervals: dict[str, Figure] = field(default_factory=dict)
+    """Of the held-out figures after, on rank 0."""
 
     @classmethod
     def begin(
@@ -265,14 +270,17 @@ class Fit:
 
     def measure(self, when: str) -> Mapping[str, float]:
         """Measure the held-out rows and report what was found."""
-        from train_jobs.evaluate import evaluate
+        from train_jobs.evaluate import outcomes, sureness
 
         assert self.task.heldout is not None, "the configuration checks it"
         seed = self.task.config.run.seed
-        figures = evaluate(
+        found = outcomes(
             self.engine, self.objective, self.task.heldout, self.world, seed,
             lambda: self.heart.at(self.since.step, "evaluating"),
         )  # fmt: skip
+        figures = self.objective.score(found)
+        if when == "after" and self.world.rank == 0:
+            self.intervals = sureness(self.objective, found, seed)
         self.world.report({"event": "evaluated", "when": when, **figures})
         return figures
 
@@ -329,11 +337,13 @@ class Fit:
 
     def publish(self, revision: str | None) -> str | None:
         """Add the model to the library. Returns ``name@number`` on rank 0, None on the others."""
-        from train_jobs.export import publish
+        from train_jobs.card import render
+        from train_jobs.export import EXPORT, publish
 
         config = self.task.config
         facts = lineage(self.task, self.run, self.losses, revision)
-        name, staging = config.publish.name or self.task.base.name, self.run.path / "export"
+        name, staging = config.publish.name or self.task.base.name, self.run.path / EXPORT
+        card = render(self.task, name, facts, self.intervals)
         version = publish(
             self.engine,
             self.task.base,
@@ -343,6 +353,8 @@ class Fit:
             self.world.rank,
             adapter=config.adapter is not None,
             head=config.objective.head,
+            card=card,
+            hold=config.publish.hold,
         )
         if version is None:
             return None
@@ -392,7 +404,7 @@ def build_engine(
     """
     import torch
 
-    from train_jobs.adapters import attach, inner
+    from train_jobs.adapters import attach, inner, recompute
     from train_jobs.group import open_engine, seed_everything
     from train_jobs.objectives.open import open_objective
 
@@ -405,6 +417,7 @@ def build_engine(
         model = objective.load(base, getattr(torch, device.dtype)).to(device.name)
     if config.adapter:
         model = attach(model, config.adapter)
+    recompute(inner(model), config.gradient_checkpointing)
     engine = open_engine(model, rendered, config.optim)
     # ZeRO 3 can run a model only once the engine is there to gather its parameters
     objective.prepare(inner(engine.module))

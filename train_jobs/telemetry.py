@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from typing import Any
 
@@ -19,6 +19,8 @@ from train_jobs.runs import RunDir
 
 ENGINE = "deepspeed"
 AGAIN_S = 5.0
+OF_THE_LOOP = frozenset({*metrics.TRAIN_GAUGES, *metrics.TRAIN_COUNTERS, "time"})
+"""What a step's record holds beside the objective's own figures."""
 
 
 class Telemetry:
@@ -29,7 +31,8 @@ class Telemetry:
         ref = Ref.parse(model)
         version = metrics.NONE if ref.version is None else str(ref.version)
         self._meter, self._now = meter, now
-        self._gauges: dict[metrics.Metric, float] = {}
+        self._gauges: dict[tuple[metrics.Metric, str], float] = {}
+        """By the metric, and which figure it is of where it has several."""
         self._labels = {"model_name": ref.name, "model_version": version, "engine": ENGINE}
 
     def report(self, record: Mapping[str, Any]) -> None:
@@ -39,13 +42,14 @@ class Telemetry:
             self._set(metrics.TRAIN_CHECKPOINT_TIME, self._now())
         elif event == "evaluated":
             self._set(metrics.TRAIN_HELDOUT_LOSS, record.get("loss"))
+            self._figures(metrics.TRAIN_HELDOUT_FIGURE, record, {"loss", "time"})
         elif event is None and "step" in record:
             self._step(record)
 
     def again(self) -> None:
         """Say the last value of every gauge once more."""
-        for gauge, value in list(self._gauges.items()):
-            self._meter.set(gauge, value, **self._labels)
+        for (gauge, figure), value in list(self._gauges.items()):
+            self._say(gauge, value, figure)
 
     def _step(self, record: Mapping[str, Any]) -> None:
         for key, gauge in metrics.TRAIN_GAUGES.items():
@@ -54,11 +58,24 @@ class Telemetry:
             if (value := record.get(key) or 0) > 0:
                 self._meter.add(counter, float(value), **self._labels)
         self._meter.add(metrics.TRAIN_STEPS, 1, **self._labels)
+        self._figures(metrics.TRAIN_FIGURE, record, OF_THE_LOOP)
 
-    def _set(self, gauge: metrics.Metric, value: Any) -> None:
+    def _figures(
+        self, gauge: metrics.Metric, record: Mapping[str, Any], known: Collection[str]
+    ) -> None:
+        """Show what an objective says beside the loss; its names are those in its code."""
+        for name, value in record.items():
+            if name not in known and isinstance(value, float):
+                self._set(gauge, value, name)
+
+    def _set(self, gauge: metrics.Metric, value: Any, figure: str = "") -> None:
         if value is not None:
-            self._gauges[gauge] = float(value)
-            self._meter.set(gauge, float(value), **self._labels)
+            self._gauges[gauge, figure] = float(value)
+            self._say(gauge, float(value), figure)
+
+    def _say(self, gauge: metrics.Metric, value: float, figure: str) -> None:
+        which = {"figure": figure} if figure else {}
+        self._meter.set(gauge, value, **self._labels, **which)
 
 
 @cache

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import LibraryError
-from cluster.library.manifest import FILE_NAME, MANIFEST
+from cluster.library.manifest import CARD, FILE_NAME, MANIFEST
 
 MAX_HEADER_BYTES = 25_000_000
 MAX_JSON_BYTES = 200_000_000
@@ -61,7 +61,8 @@ class Intake:
 def allowed(name: str) -> bool:
     """Say whether a file of this name may be part of a version."""
     return bool(FILE_NAME.fullmatch(name)) and (
-        name.endswith((".safetensors", ".json", ".txt", ".jinja")) or name == "tokenizer.model"
+        name.endswith((".safetensors", ".json", ".txt", ".jinja"))
+        or name in {"tokenizer.model", CARD}
     )
 
 

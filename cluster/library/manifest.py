@@ -15,6 +15,8 @@ from cluster.config import Frozen
 from cluster.library.ref import NAME
 
 MANIFEST = "manifest.json"
+CARD = "README.md"
+"""The model card: it tells of a version and is no part of what makes it itself."""
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 """One path component: a version is a flat directory, so nothing can lead out of it."""
 
@@ -129,8 +131,9 @@ class Manifest(Facts):
 
     @property
     def digest(self) -> str:
-        """Identity of the content: equal files give an equal digest, under any name."""
-        parts = (f"{name} {entry.sha256}\n" for name, entry in sorted(self.files.items()))
+        """Identity of the content: equal files give an equal digest, under any name and card."""
+        files = sorted((name, entry) for name, entry in self.files.items() if name != CARD)
+        parts = (f"{name} {entry.sha256}\n" for name, entry in files)
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     @property

@@ -97,7 +97,7 @@ def test_unknown_key_names_the_line_and_the_nearest_key(tmp_path: Path) -> None:
 def test_unknown_key_far_from_any_lists_what_the_place_knows(tmp_path: Path) -> None:
     told = refuse(tmp_path, TRAIN + "zzz: 1\n", FinetuneConfig)
     assert "c.yaml:10: zzz: unknown key 'zzz'; this place knows: " in told
-    assert "batch, data, model" in told
+    assert "batch, data, gradient_checkpointing, model" in told
 
 
 def test_unknown_key_inside_a_list_item(tmp_path: Path) -> None:

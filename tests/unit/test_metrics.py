@@ -271,17 +271,19 @@ def test_a_step_is_shown_whole_and_events_only_where_they_mean_something() -> No
     meter = MemoryMeter()
     shown = Telemetry(meter, "tiny@2", now=lambda: 77.0)
     step = {"step": 3, "steps": 8, "loss": 1.5, "lr": 1e-3, "grad_norm": 0.5, "step_s": 2.0}
-    step |= {"tokens_per_s": 90.0, "trained_tokens": 40, "eta_s": 10.0}
+    step |= {"tokens_per_s": 90.0, "trained_tokens": 40, "eta_s": 10.0, "rewards/margins": 0.25}
     shown.report({"event": "ready", "steps": 8, "parameters": 5})
     assert not meter.series
     shown.report(step)
     shown.report({**step, "step": 4, "trained_tokens": 0})
-    shown.report({"event": "evaluated", "when": "after", "loss": 0.9})
+    shown.report({"event": "evaluated", "when": "after", "loss": 0.9, "accuracy": 0.75})
     shown.report({"event": "checkpoint", "path": "/secret", "step": 4})
     labels = {"model_name": "tiny", "model_version": "2", "engine": "deepspeed"}
     assert meter.get(metrics.TRAIN_STEP, **labels) == [4]
     assert meter.get(metrics.TRAIN_LOSS) == [1.5]
     assert meter.get(metrics.TRAIN_HELDOUT_LOSS) == [0.9]
+    assert meter.get(metrics.TRAIN_FIGURE, figure="rewards/margins") == [0.25]
+    assert meter.get(metrics.TRAIN_HELDOUT_FIGURE, figure="accuracy") == [0.75]
     assert meter.get(metrics.TRAIN_CHECKPOINT_TIME) == [77.0]
     assert meter.get(metrics.TRAIN_STEPS) == 2
     assert meter.get(metrics.TRAIN_SECONDS) == 4.0
@@ -291,6 +293,7 @@ def test_a_step_is_shown_whole_and_events_only_where_they_mean_something() -> No
     meter.gauges.clear()  # as Ray does with what nobody says again
     shown.again()
     assert meter.get(metrics.TRAIN_LOSS, **labels) == [1.5]
+    assert meter.get(metrics.TRAIN_FIGURE, **labels, figure="rewards/margins") == [0.25]
     assert meter.get(metrics.TRAIN_STEPS) == 2, "a counter stays"
 
 

@@ -1,0 +1,136 @@
+"""A search: which trials there are, what each runs, and what becomes of them. No Ray."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import dump, load
+from cluster.errors import ConfigError, JobError
+from cluster.library.manifest import Facts
+from cluster.library.store import Library
+from tests.unit.library_fixtures import model
+from train_jobs import tune
+from train_jobs.config import FinetuneConfig
+from train_jobs.export import EXPORT, HELD
+from train_jobs.runs import RunDir
+from train_jobs.search import Tune
+
+
+def config(**changes: Any) -> FinetuneConfig:
+    fields: dict[str, Any] = {
+        "model": "m@1",
+        "data": {"train": "/t.jsonl", "heldout": "/h.jsonl"},
+        "batch": {"total": 4},
+        "run": {"workers": 2, "steps": 2},
+        "tune": {"space": {"optim.lr": {"grid": [1e-5, 1e-3]}}},
+    }
+    return FinetuneConfig.model_validate(fields | changes)
+
+
+def test_grids_are_crossed_and_the_rest_is_drawn_the_same_for_a_seed() -> None:
+    space = {
+        "optim.lr": {"loguniform": [1e-5, 1e-2]},
+        "batch.total": {"grid": [4, 8]},
+        "adapter.r": {"grid": [4, 16, 64]},
+        "optim.weight_decay": {"choice": [0.0, 0.1]},
+        "optim.warmup_ratio": {"uniform": [0.0, 0.5]},
+    }
+    told = Tune.model_validate({"space": space, "trials": 5})
+    points = told.points()
+    assert len(points) == told.combinations == 30
+    assert points == told.points()
+    assert points != told.model_copy(update={"seed": 1}).points()
+    assert {(p["batch.total"], p["adapter.r"]) for p in points} == {
+        (total, r) for total in (4, 8) for r in (4, 16, 64)
+    }
+    rates = [p["optim.lr"] for p in points]
+    assert all(isinstance(lr, float) and 1e-5 <= lr <= 1e-2 for lr in rates)
+    assert sum(lr < 10**-3.5 for lr in rates if isinstance(lr, float)) > 8  # half of them by powers
+    assert {p["optim.weight_decay"] for p in points} == {0.0, 0.1}
+
+
+def test_a_power_of_ten_is_a_number_also_after_json(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(dump(config()))
+    told = load(tmp_path / "c.json", FinetuneConfig).tune
+    assert told is not None
+    assert told.points() == [{"optim.lr": 1e-5}, {"optim.lr": 1e-3}]
+
+
+def test_a_trial_is_the_run_with_other_values_that_publishes_nothing_itself() -> None:
+    made = tune.config_of(config(), {"optim.lr": 1e-5, "run.steps": 7})
+    assert (made.optim.lr, made.run.steps, made.run.workers) == (1e-5, 7, 2)
+    assert made.publish.hold
+    assert made.tune is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tune": None}, "has no search"),
+        ({"data": {"train": "/t.jsonl"}}, "rows that no trial learns from"),
+        ({"tune": {"space": {"optim.rate": {"grid": [1]}}}}, "unknown key 'rate'"),
+        ({"tune": {"space": {"optim.lr": {"grid": [-1]}}}}, "optim.lr: Input should be greater"),
+        (
+            {"tune": {"space": {"optim.lr": {"grid": [1]}}, "scheduler": {}}},
+            "run.evaluate_every",
+        ),
+    ],
+)
+def test_a_search_that_cannot_be_run_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tune.check(config(**changes))
+
+
+def test_tc38_as_many_trials_at_once_as_have_room_and_never_none() -> None:
+    assert tune.concurrent(config(), cpus=2, gpus=0) == 1
+    assert tune.concurrent(config(), cpus=8, gpus=0) == 4
+    assert tune.concurrent(config(), cpus=1, gpus=0) == 1
+    small = config(run={"workers": 2, "steps": 2, "num_cpus": 0.5})
+    assert tune.concurrent(small, cpus=2, gpus=0) == 2
+    gpus = config(run={"workers": 2, "steps": 2, "num_gpus": 1})
+    assert tune.concurrent(gpus, cpus=64, gpus=4) == 2
+
+
+@pytest.fixture
+def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    monkeypatch.setenv("ROUNDHOUSE_HOME", str(tmp_path / "home"))
+    Library().publish("m", model(tmp_path / "base"), Facts())
+    return RunDir.create("tiny-tune")
+
+
+def trial(search: RunDir, lr: float, value: float, whole: bool = True) -> RunDir:
+    run = tune.begin(search, tune.config_of(config(), {"optim.lr": lr}), {"optim.lr": lr})
+    run.append({"event": "evaluated", "when": "before", "loss": 9.0})
+    run.append({"event": "evaluated", "when": "after", "loss": value})
+    if whole:
+        run.finish({"status": "succeeded"})
+        model(run.path / EXPORT, fill=int(value * 10))
+        (run.path / HELD).write_text(Facts(base="m@1", notes=(f"lr {lr:g}",)).model_dump_json())
+    return run
+
+
+def test_the_best_whole_trial_becomes_the_next_version(search: RunDir) -> None:
+    best, other = trial(search, 1e-3, 1.5), trial(search, 1e-5, 2.5)
+    trial(search, 1e-4, 1.0, whole=False)  # ended early: it has no model
+    told = config().tune
+    assert told is not None
+    trials = tune.collect(search, told, {})
+    assert [one.state for one in trials] == ["ended early", "succeeded", "succeeded"]
+    result = tune.finish(search, config(), told, trials)
+    assert (result["best"], result["value"], result["published"]) == (best.id, 1.5, "m@2")
+    assert Library().get("m", 2).manifest.notes == ("lr 0.001",)
+    assert not (other.path / EXPORT).exists()
+    assert json.loads(search.result.read_text())["trials"][1]["run"] == best.id
+
+
+def test_a_search_without_a_whole_trial_says_why(search: RunDir) -> None:
+    run = trial(search, 1e-3, 1.5, whole=False)
+    run.finish({"status": "failed", "error": "the loss is no number"})
+    told = config().tune
+    assert told is not None
+    with pytest.raises(JobError, match="the loss is no number"):
+        tune.finish(search, config(), told, tune.collect(search, told, {}))
