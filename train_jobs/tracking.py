@@ -7,6 +7,7 @@ One that breaks later is dropped with a word, for no run ends for its telemetry.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -81,12 +82,14 @@ class _TensorBoard:
 
 
 class _MLflow:
-    """A local store of files: ``mlflow ui --backend-store-uri file:RUN/mlflow``.
+    """A local store of files; the whole MLflow's ``mlflow ui --backend-store-uri`` shows it.
 
     A resumed run goes on in the same run of MLflow's.
     """
 
     def __init__(self, folder: Path, run: RunDir, config: Mapping[str, str]) -> None:
+        # MLflow 3 maintains its store of files no more; the other needs a database's libraries
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=folder.absolute().as_uri())

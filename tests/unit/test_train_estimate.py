@@ -83,6 +83,8 @@ def test_tc32_the_estimate_is_near_what_two_ranks_of_smollm2_took(
     ("case", "seen_mb"),
     [
         ((0, 1, 8), 1023),
+        ((0, 1, 32), 3297),
+        ((3, 2, 8), 1656),
         ((2, 1, 8), 1239),
         ((2, 2, 8), 1335),
         ((0, 1, 8, True), 988),
@@ -92,6 +94,12 @@ def test_tc32_the_estimate_is_near_what_a_rank_of_minilm_took(
     case: tuple[int, int, int], seen_mb: float
 ) -> None:
     assert minilm(*case) / MB == pytest.approx(seen_mb, rel=0.15)
+
+
+def test_tc32_the_estimate_is_near_what_one_rank_of_smollm2_took_on_full_rows() -> None:
+    made = config(zero=0, batch={"micro": 1, "total": 1}, run={"workers": 1, "epochs": 1})
+    found = of_rank(made, SMOLLM2, PARAMETERS["smollm2"], rows(510, 260), "float32")
+    assert sum(found.values()) / MB == pytest.approx(3817, rel=0.15)
 
 
 def test_tc32_an_adapter_needs_a_fraction_of_the_optimiser() -> None:
