@@ -172,7 +172,8 @@ def test_t42_killed_while_it_writes_a_checkpoint_it_ends_with_the_same_weights(
     """Within DeepSpeed's files, between them and the seal, and within the seal's renames."""
     short = ["run.steps=6", "run.save_every=2", "adapter=null", "run.keep=1"]
     digests = []
-    for kills in ((), (3, 9)):  # a file of the second checkpoint; the rename of one after that
+    # a checkpoint is eleven of its writes: two files of DeepSpeed's first, the rename last
+    for kills in ((), (13, 11)):
         run = RunDir.create("killed")
         run.config.write_text(dump(resolve(config, short)))
         for number, kill in enumerate(kills):

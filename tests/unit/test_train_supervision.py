@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import resource
+import signal
 import threading
 import time
 from dataclasses import asdict, replace
@@ -14,9 +17,12 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.errors import JobError
+from train_jobs import ports
 from train_jobs.config import FinetuneConfig
-from train_jobs.launch import workers_of
+from train_jobs.launch import saving_first, workers_of
 from train_jobs.plan import demand
+from train_jobs.ports import RayWorld
+from train_jobs.runs import RunDir
 from train_jobs.standing import Standing, named
 from train_jobs.supervision import Best, Diverge, EarlyStop
 from train_jobs.watch import Heart, Losses, Lost, Pulse, claim, clear, ended, stalled, suspects
@@ -214,3 +220,41 @@ def test_lost_contact_travels() -> None:
     error = pickle.loads(pickle.dumps(Lost("rank 0 lost contact with rank 1")))
     assert isinstance(error, JobError)
     assert str(error) == "rank 0 lost contact with rank 1"
+
+
+def test_a_drained_node_is_saved_for_once_and_by_rank_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worlds = [RayWorld(rank, 2, RunDir(tmp_path)) for rank in (0, 1)]
+    monkeypatch.setattr(ports, "is_preempted", lambda: False)
+    assert [world.should_save() for world in worlds] == [False, False]
+    monkeypatch.setattr(ports, "is_preempted", lambda: True)
+    assert [world.should_save() for world in worlds] == [True, False]
+    assert [world.should_save() for world in worlds] == [False, False]
+    assert not any(world.should_stop() for world in worlds)  # it trains on until it is gone
+
+
+def test_t42_a_line_that_does_not_fit_on_the_disk_is_left_out_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path)
+    run.append({"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (run.metrics.stat().st_size + 9, before[1]))
+    try:
+        run.append({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run.append({"step": 3})
+    assert [record["step"] for record, _ in run.read_metrics()] == [1, 3]
+    assert "no room for a line: " in capsys.readouterr().err
+
+
+def test_a_job_that_is_told_to_end_asks_for_a_save_first_and_then_ends(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with saving_first(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert run.stop.exists()
+        with pytest.raises(SystemExit, match="143"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
