@@ -53,14 +53,15 @@ def follow(run: RunDir, job: Job, offset: int = 0) -> int:
         except KeyboardInterrupt:
             _stop(run, job, show)
     state, result = job.state(), run.read_result()
-    if result is None or state == "failed" or result["status"] == "failed":
+    stopped = result is not None and result["status"] == "stopped"  # by whomever, even by Ray
+    if result is None or (state == "failed" and not stopped) or result["status"] == "failed":
         told = (result or {}).get("error")
         why = job.why()
         told = f"{told}\n{why}" if told and told not in why else why
         if not attempts.is_driven_elsewhere(run):
             run.finish({"status": "failed", "error": told})
         raise JobError(told + way_on(run))
-    if result["status"] == "stopped":
+    if stopped:
         raise JobError(
             f"run {run.id} was stopped after step {result['steps']}; nothing was published"
             f"{way_on(run)}"

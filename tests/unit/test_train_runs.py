@@ -117,6 +117,14 @@ def test_a_failed_run_names_itself_and_its_log(tmp_path: Path) -> None:
     assert (run.read_result() or {})["status"] == "failed"
 
 
+def test_a_run_that_saved_before_its_job_was_ended_was_stopped(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.finish({**RESULT, "status": "stopped", "published": None})
+    with pytest.raises(JobError, match="was stopped after step 2; nothing was published"):
+        follow.follow(run, Scripted(run, "failed"))
+    assert (run.read_result() or {})["status"] == "stopped"
+
+
 def test_ctrl_c_asks_the_run_to_stop_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
