@@ -143,6 +143,17 @@ TRAINING = Row(
     (
         curve("Loss", gauge(metrics.TRAIN_LOSS, how="max"), MODEL),
         curve("Held-out loss", gauge(metrics.TRAIN_HELDOUT_LOSS, how="max"), MODEL),
+        curve(
+            "What the objective says",
+            gauge(metrics.TRAIN_FIGURE, "model_name, figure", "max"),
+            f"{MODEL} {{{{figure}}}}",
+            told="Of the last step: accuracies, rewards, margins, by the objective's names.",
+        ),
+        curve(
+            "What it says of held-out rows",
+            gauge(metrics.TRAIN_HELDOUT_FIGURE, "model_name, figure", "max"),
+            f"{MODEL} {{{{figure}}}}",
+        ),
         curve("Learning rate", gauge(metrics.TRAIN_LR, how="max"), MODEL),
         curve("Gradient norm", gauge(metrics.TRAIN_GRAD_NORM, how="max"), MODEL),
         curve("Tokens a second, training", gauge(metrics.TRAIN_RATE), MODEL),

@@ -45,11 +45,11 @@ session.connect()
 from train_jobs.ports import RayWorld
 from train_jobs.runs import RunDir
 world = RayWorld(0, 1, RunDir(Path(sys.argv[1])))
-world.report({"event": "evaluated", "when": "before", "loss": 3.0})
+world.report({"event": "evaluated", "when": "before", "loss": 3.0, "accuracy": 0.4})
 world.report({"event": "checkpoint", "step": 0, "path": "nowhere"})
 for step in range(1, 300):
     world.report({"step": step, "steps": 300, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.5,
-        "tokens_per_s": 90.0, "trained_tokens": 40, "step_s": 1.0, "eta_s": 10.0})
+        "tokens_per_s": 90.0, "trained_tokens": 40, "step_s": 1.0, "eta_s": 10.0, "accuracy": 0.5})
     time.sleep(1)
 """
 

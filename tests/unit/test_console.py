@@ -55,6 +55,7 @@ READ_ONLY = {
     "config schema",
     "data preview",
     "doctor",
+    "eval compare",
     "jobs list",
     "jobs logs",
     "keys list",
