@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from cluster.errors import JobError
 from cluster.library.store import Library
 from tests.ray.cluster_fixtures import ROOT, Rig
 from tests.ray.test_training import write_config
-from train_jobs import attempts
+from train_jobs import attempts, resume
 from train_jobs.runs import RunDir
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -117,9 +118,8 @@ def test_t41_t42_a_killed_job_is_resumed_past_a_torn_checkpoint(
     cluster: Rig, unkilled: dict[str, Any], training: tuple[subprocess.Popen[str], RunDir]
 ) -> None:
     followed, run = training
-    running = cluster.run("train", "--resume", run.id, check=False)
-    assert running.returncode == 1
-    assert f"run {run.id} is still running" in running.stderr
+    with pytest.raises(JobError, match=f"run {run.id} is still running"):
+        resume.require_resumable(run)  # a command would take as long as the run has left
     kill_holder(run.path / "lock")  # the driver
     told, _ = followed.communicate(timeout=60)
     assert followed.returncode == 1
@@ -156,3 +156,11 @@ def test_t41_ray_job_stop_saves_first(
     assert result["status"] == "stopped", told
     [*_, newest] = sorted(run.checkpoints.glob("step-*"))
     assert newest.name == f"step-{result['steps']:08d}"
+
+
+def test_tc33_what_says_that_a_node_is_drained_is_where_it_was() -> None:
+    from ray.train.v2._internal.execution import context, preemption
+
+    assert "preemption_context" in context.TrainContext.__dataclass_fields__
+    assert preemption.PreemptionContext().preemption_info is None
+    assert callable(context.get_train_context)
