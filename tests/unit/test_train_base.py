@@ -18,9 +18,9 @@ from cluster.library.manifest import Facts
 from cluster.library.store import Library
 from tests.unit.library_fixtures import model
 from tests.unit.text_fixtures import write_tokenizer
+from train_jobs.adaptation import LoRA
 from train_jobs.adapters import added_parameters, check_targets, linear_layers, note
 from train_jobs.cli import register
-from train_jobs.config import LoRA
 from train_jobs.data.example import Document
 from train_jobs.data.preview import marked, pieces
 from train_jobs.plan import resolve
