@@ -83,7 +83,7 @@ def run_(
     config = at(config, local or workers)
     measurement = Measurement.load(config)  # a bad row costs a second here, a minute elsewhere
     if dry_run:
-        _rehearse(measurement, local)
+        console.result(_rehearse(measurement, local))
         return
     found = _measured(measurement, local, again)
     _show(found)
@@ -101,6 +101,7 @@ def compare(
     workers: Workers = None,
     again: Again = False,
     overrides: Sets = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Say of each figure whether the second version differs from the first, by more than chance.
@@ -117,6 +118,10 @@ def compare(
         for model in (first, second)
     ]
     measurements = [Measurement.load(config) for config in configs]
+    if dry_run:
+        rehearsed = [_rehearse(measurement, local) for measurement in measurements]
+        console.result({"dry_run": True, "evaluations": rehearsed})
+        return
     found = [_measured(measurement, local, again) for measurement in measurements]
     comparison.check_comparable(*found)
     ours, theirs = comparison.paired(
@@ -229,7 +234,8 @@ def line(record: dict[str, Any]) -> str:
             return str(other)
 
 
-def _rehearse(measurement: Measurement, local: int | None) -> None:
+def _rehearse(measurement: Measurement, local: int | None) -> dict[str, Any]:
+    """Print what an evaluation would do, and return it."""
     import json
 
     from cluster.resources import plan
@@ -253,7 +259,7 @@ def _rehearse(measurement: Measurement, local: int | None) -> None:
     console.out(f"resolved configuration:\n{json.dumps(told['config'], indent=2)}")
     console.out(f"data: {told['examples']} examples, {told['tokens']} tokens")
     console.out(f"plan: {told['plan']}\nby hand: {told['submit']}")
-    console.result(told)
+    return told
 
 
 def _show(found: Evaluation) -> None:

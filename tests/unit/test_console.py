@@ -55,7 +55,6 @@ READ_ONLY = {
     "config schema",
     "data preview",
     "doctor",
-    "eval compare",
     "jobs list",
     "jobs logs",
     "keys list",
