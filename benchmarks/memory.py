@@ -122,7 +122,7 @@ def be_rank(args: argparse.Namespace) -> int:
     group.prepare(place, config.run)
     device = group.join(place, config.run)
     group.quiet()
-    from train_jobs.rank import Fit
+    from train_jobs.fit import Fit
     from train_jobs.task import Task
 
     task = Task.load(config)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.config import dump
 from cluster.errors import ConfigError
+from cluster.library.manifest import Facts, Lineage
 from cluster.library.store import Library, Version
-from train_jobs.adapters import check_targets
+from train_jobs.adapters import check_targets, note
 from train_jobs.config import FinetuneConfig
 from train_jobs.data.dataset import Dataset, load_datasets
 from train_jobs.data.order import Order
@@ -79,3 +81,24 @@ def check_base(config: FinetuneConfig, base: Version) -> None:
 def config_hash(config: FinetuneConfig) -> str:
     """Return the SHA-256 of the resolved configuration."""
     return hashlib.sha256(dump(config).encode()).hexdigest()
+
+
+def lineage(task: Task, run_id: str, losses: Mapping[str, float], revision: str | None) -> Facts:
+    """Return what the library is to remember of this run."""
+    hashes = {**task.train.hashes, **(task.heldout.hashes if task.heldout else {})}
+    old, adapter = task.base.manifest, task.config.adapter
+    made = [f"fine-tuned from {task.base.ref} by {run_id}"]
+    if adapter:
+        made.append(note(adapter))
+    return Facts(
+        base=task.base.ref,
+        lineage=Lineage(
+            run_id=run_id,
+            config_hash=config_hash(task.config),
+            data_hashes=hashes,
+            code_revision=revision,
+        ),
+        metrics=dict(losses),
+        licence=old.licence,
+        notes=(*old.notes, *made),
+    )

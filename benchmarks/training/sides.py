@@ -19,8 +19,8 @@ OURS = "roundhouse"
 def ours(home: Path, address: str, rank: int, warm: int, measured: int) -> dict[str, Any]:
     """Run our own loop: seconds, useful tokens, and what of the time was not the model's."""
     from train_jobs import group, loop
+    from train_jobs.fit import Fit
     from train_jobs.ports import PlainWorld
-    from train_jobs.rank import Fit
     from train_jobs.runs import RunDir
 
     config, device = joined(home, address, rank, "auto")

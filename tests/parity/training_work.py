@@ -17,13 +17,13 @@ from train_jobs.config import FinetuneConfig
 from train_jobs.data.dataset import Dataset
 from train_jobs.data.example import trained_in
 from train_jobs.data.order import Order
+from train_jobs.engine import build_engine
 from train_jobs.evaluate import evaluate
 from train_jobs.export import gathered, live_tensors, write_model
 from train_jobs.group import Device, Place
 from train_jobs.guard import Guard
 from train_jobs.ports import PlainWorld
 from train_jobs.progress import START, Progress
-from train_jobs.rank import build_engine
 from train_jobs.reshape import fitted
 from train_jobs.runs import RunDir
 from train_jobs.saver import Saver
