@@ -6,8 +6,8 @@ itself; our loop packs them and computes logits where something is trained. What
 tokens: those of the dialogues, without padding.
 
 Sides: our loop in the number format that this processor is fast at; the Trainer with DeepSpeed
-ZeRO-2 as it runs on a CPU, which is float32 (its bf16 switch silently drops DeepSpeed); the
-Trainer's own bf16 DDP; and the Trainer with our settings in our format, for equal precision.
+ZeRO-2 as it runs on a CPU, which is float32 (its bf16 switch silently drops DeepSpeed); and the
+Trainer's own bf16 DDP. One of the two computes in our format: it is the peer of equal precision.
 
 Cases: ``alpaca``, real lengths (the demo's dialogues where that file is not there); ``equal``,
 rows of one length with every token trained, and ``masked``, half of them; ``vocabulary``, peak
@@ -45,18 +45,10 @@ from benchmarks.harness import (
     reply,
 )
 from benchmarks.training.cases import CASES, RANKS, prepare
-from benchmarks.training.sides import OURS, SIDES
+from benchmarks.training.sides import DDP_BF16, DEEPSPEED, OURS, RUNS, SIDES
 
 WARM, MEASURED = 1, 3
 STEP_S = 300.0
-DEEPSPEED, DDP_BF16, EQUAL = "hf-deepspeed-float32", "hf-ddp-bfloat16", "hf-equal-precision"
-WHERE = {
-    "alpaca": (OURS, DEEPSPEED, DDP_BF16, EQUAL),
-    "equal": (OURS, EQUAL),
-    "masked": (OURS, EQUAL),
-    "vocabulary": (OURS, EQUAL),
-}
-"""Which sides a case compares."""
 TARGETS = {
     "vs_hf_deepspeed_alpaca": Target(at_least=2.5),
     "vs_hf_ddp_bf16_alpaca": Target(at_least=1.5),
@@ -72,7 +64,7 @@ def be_rank(args: argparse.Namespace) -> int:
     """Be one rank of one side: ``HOST:PORT/RANK`` in ``--place``."""
     address, _, rank = args.place.rpartition("/")
     home = Path(os.environ["ROUNDHOUSE_HOME"])
-    told = SIDES[args.side](home, address, int(rank), WARM, MEASURED)
+    told = RUNS[args.side](home, address, int(rank), WARM, MEASURED)
     if int(rank) == 0:
         reply(told)
     return 0
@@ -130,8 +122,10 @@ def main() -> int:
     samples: Samples = {}
     engines: dict[str, Any] = {}
     shapes: dict[str, Any] = {}
+    equal = equal_precision()
     for case in args.cases:
-        sides = [side for side in WHERE[case] if side in args.sides]
+        wanted = [*SIDES] if case == "alpaca" else [OURS, equal]
+        sides = [side for side in wanted if side in args.sides]
         with tempfile.TemporaryDirectory(prefix="rh-bench-") as scratch:
             shapes[case] = prepare(case, Path(scratch), model, args.data, WARM + MEASURED)
             for number in range(args.rounds):
@@ -149,9 +143,17 @@ def main() -> int:
         "warm_up_steps": WARM,
         "rounds": args.rounds,
         "engines": engines,
+        "equal_precision": equal,
     }
-    found = ratios(samples)
+    found = ratios(samples, equal)
     return finish("train", args, config, samples, found, TARGETS, client, "warm after one step")
+
+
+def equal_precision() -> str:
+    """Return the side that computes in the format that ours picks on this processor."""
+    from cluster.device import resolve_dtype
+
+    return DEEPSPEED if resolve_dtype("auto", "cpu") == "float32" else DDP_BF16
 
 
 def speed(told: Mapping[str, Any]) -> float:
@@ -170,16 +172,16 @@ def keep(case: str, told: Mapping[str, Any], mine: dict[str, list[float]]) -> No
             mine.setdefault(f"{name}_share_{case}", []).append(told[name] / sum(told["step_s"]))
 
 
-def ratios(samples: Samples) -> dict[str, float]:
+def ratios(samples: Samples, equal: str) -> dict[str, float]:
     """Return what can be compared in what was measured."""
     found: dict[str, float] = {}
     pairs = {
         "vs_hf_deepspeed_alpaca": ("useful_tokens_per_s_alpaca", DEEPSPEED),
         "vs_hf_ddp_bf16_alpaca": ("useful_tokens_per_s_alpaca", DDP_BF16),
-        "vs_hf_equal_precision_alpaca": ("useful_tokens_per_s_alpaca", EQUAL),
-        "vs_hf_equal_length": ("useful_tokens_per_s_equal", EQUAL),
-        "vs_hf_equal_length_masked": ("useful_tokens_per_s_masked", EQUAL),
-        "peak_memory_vs_hf_150k": ("peak_bytes_vocabulary", EQUAL),
+        "vs_hf_equal_precision_alpaca": ("useful_tokens_per_s_alpaca", equal),
+        "vs_hf_equal_length": ("useful_tokens_per_s_equal", equal),
+        "vs_hf_equal_length_masked": ("useful_tokens_per_s_masked", equal),
+        "peak_memory_vs_hf_150k": ("peak_bytes_vocabulary", equal),
     }
     for name, (figure, peer) in pairs.items():
         if all(figure in samples.get(side, {}) for side in (OURS, peer)):

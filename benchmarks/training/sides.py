@@ -13,10 +13,24 @@ from typing import Any
 
 from benchmarks.training.cases import MAX_LEN, RANKS
 
-OURS = "roundhouse"
+PROFILED = "roundhouse-profiled"
+OURS, DEEPSPEED, DDP_BF16 = "roundhouse", "hf-deepspeed-float32", "hf-ddp-bfloat16"
 
 
-def ours(home: Path, address: str, rank: int, warm: int, measured: int) -> dict[str, Any]:
+class Probe:
+    """Looks on while our loop runs, and adds to what it tells."""
+
+    def after(self, step: int) -> None:
+        """See a step end."""
+
+    def found(self, last_step_s: float) -> dict[str, Any]:
+        """Return what was seen; every rank calls it while all are there."""
+        return {}
+
+
+def ours(
+    home: Path, address: str, rank: int, warm: int, measured: int, probe: Probe | None = None
+) -> dict[str, Any]:
     """Run our own loop: seconds, useful tokens, and what of the time was not the model's."""
     from train_jobs import group, loop
     from train_jobs.fit import Fit
@@ -25,7 +39,7 @@ def ours(home: Path, address: str, rank: int, warm: int, measured: int) -> dict[
 
     config, device = joined(home, address, rank, "auto")
     task = _task(config, home)
-    steps: list[float] = []
+    probe, steps = probe or Probe(), list[float]()
     overhead, communication = Clock(), Clock()
 
     class Recording(PlainWorld):
@@ -34,6 +48,7 @@ def ours(home: Path, address: str, rank: int, warm: int, measured: int) -> dict[
                 steps.append(metrics["step_s"])
                 with overhead.running(len(steps) > warm):
                     self.run.append(metrics)
+                probe.after(len(steps))
 
     run = RunDir(home / "run")
     run.path.mkdir(exist_ok=True)
@@ -50,14 +65,16 @@ def ours(home: Path, address: str, rank: int, warm: int, measured: int) -> dict[
         fit.train()
     taken = [[seat for seat in task.order.step(n) if seat] for n in range(warm + measured)]
     tokens = [sum(e.tokens for e in loop.drawn(task.train, seats, 0)[0]) for seats in taken]
+    most, seen = peak(), probe.found(steps[-1])
     group.leave()
     return {
+        **seen,
         "step_s": steps[warm:],
         "tokens": tokens[warm:],
         "engine": dict(fit.record),
         "overhead": overhead.seconds,
         "communication": communication.seconds,
-        "peak": peak() - baseline,
+        "peak": most - baseline,
     }
 
 
@@ -249,16 +266,6 @@ def pad(batch: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def equal_precision(
-    home: Path, address: str, rank: int, warm: int, measured: int
-) -> dict[str, Any]:
-    """Run the Trainer in the number format that ours picks: with DeepSpeed in float32, else DDP."""
-    from cluster.device import resolve_dtype
-
-    dtype = resolve_dtype("auto", "cpu")
-    return trainer(home, address, rank, warm, measured, dtype, deepspeed=dtype == "float32")
-
-
 def resident() -> int:
     """Return the bytes that are resident now: libraries only, before anything is loaded."""
     import psutil
@@ -272,9 +279,17 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def profiled(home: Path, address: str, rank: int, warm: int, measured: int) -> dict[str, Any]:
+    """Run our own loop with its last step profiled."""
+    from benchmarks.training.profiled import Profiler
+
+    return ours(home, address, rank, warm, measured, Profiler(warm + measured))
+
+
 SIDES: dict[str, Callable[[Path, str, int, int, int], dict[str, Any]]] = {
     OURS: ours,
-    "hf-deepspeed-float32": functools.partial(trainer, dtype="float32", deepspeed=True),
-    "hf-ddp-bfloat16": functools.partial(trainer, dtype="bfloat16", deepspeed=False),
-    "hf-equal-precision": equal_precision,
+    DEEPSPEED: functools.partial(trainer, dtype="float32", deepspeed=True),
+    DDP_BF16: functools.partial(trainer, dtype="bfloat16", deepspeed=False),
 }
+RUNS = {**SIDES, PROFILED: profiled}
+"""With the one that is no side, for its time is the profiler's too."""
