@@ -116,6 +116,45 @@ class ChatText:
         return self._template is not None and self._template.knows_tools
 
     @property
+    def where(self) -> str:
+        """The file that the chat template is from."""
+        return self._where
+
+    def left_out(self, messages: Messages, tools: Tools | None = None) -> str | None:
+        """Say what of a conversation's tools, calls and tools' answers the template leaves out.
+
+        None where all of them are rendered. Each is tried with a name that nothing else has: a
+        template that declares ``tools`` may still write an assistant's content alone. Raises
+        ConfigError for what the template refuses.
+        """
+        marks: dict[str, str] = {}
+
+        def mark(what: str) -> str:
+            text = str(secrets.randbits(128) | 1 << 128)  # digits: no filter changes them
+            marks[text] = what
+            return text
+
+        def named(one: Mapping[str, Any], what: str) -> dict[str, Any]:
+            inner = one.get("function")
+            if isinstance(inner, Mapping):
+                return {**one, "function": named(inner, what)}
+            return {**one, "name": mark(f"{what} {one.get('name')!r:.40}")}
+
+        offered = [named(tool, "tools: the tool") for tool in tools or ()]
+        turns = []
+        for message in messages:
+            turn = dict(message)
+            if turn["role"] == "tool":
+                turn["content"] = mark("what a tool has answered")
+            if calls := turn.get("tool_calls"):
+                turn["tool_calls"] = [named(call, "tool_calls: the call of") for call in calls]
+            turns.append(turn)
+        if not marks:
+            return None
+        rendered, _ = self._render(turns, False, offered)
+        return next((what for text, what in marks.items() if text not in rendered), None)
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer as it is, special tokens and all: for what reads its vocabulary."""
         return self._tokenizer

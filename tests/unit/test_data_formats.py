@@ -16,8 +16,10 @@ from train_jobs.data.readers import find
 from train_jobs.data.settings import Data, Source
 from train_jobs.objectives.settings import (
     DPO,
+    GRPO,
     KTO,
     CausalLM,
+    ChatSFT,
     PromptCompletion,
     Seq2Seq,
     SequenceClassification,
@@ -246,7 +248,7 @@ def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path: Path, loa
         ),
         (json.dumps(said("well \ud83d", "y")), r":2: 'well ' is followed by half of a character"),
         ({**said("x", "y"), "tools": "z"}, ":2: tools: must be a list of functions"),
-        ({**said("x", "y"), "tools": [{"name": "z"}]}, ":2: tools: this model's .* no place"),
+        ({**said("x", "y"), "tools": [{"name": "z"}]}, ":2: tools: the tool 'z' has no place in"),
     ],
 )
 def test_a_bad_row_is_told_with_file_line_and_field(
@@ -255,6 +257,52 @@ def test_a_bad_row_is_told_with_file_line_and_field(
     path = jsonl(tmp_path / "a.jsonl", [SFT_ROWS[0], row])
     with pytest.raises(ConfigError, match="a.jsonl" + rule):
         load(train=path)
+
+
+CALLED = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": {}}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("objective", "row"),
+    [
+        (ChatSFT(), {"messages": [{"role": "user", "content": "x"}, CALLED]}),
+        (
+            DPO(kind="dpo"),
+            {
+                "prompt": [{"role": "user", "content": "x"}],
+                "chosen": [CALLED],
+                "rejected": [{"role": "assistant", "content": "y"}],
+            },
+        ),
+        (
+            KTO(kind="kto"),
+            {
+                "prompt": [{"role": "user", "content": "x"}],
+                "completion": [CALLED],
+                "label": True,
+            },
+        ),
+        (
+            GRPO(kind="grpo", rewards=("a.b:c",)),
+            {"prompt": [{"role": "user", "content": "x"}, CALLED, {"role": "tool", "content": ""}]},
+        ),
+    ],
+    ids=["sft", "dpo", "kto", "grpo"],
+)
+def test_a_call_that_the_template_would_drop_is_refused_not_dropped(
+    tmp_path: Path, load: Loader, objective: Any, row: dict[str, Any]
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [row])
+    rule = (
+        r"a\.jsonl:1: tool_calls: the call of 'find' has no place in this model's chat template "
+        r"\(.*chat_template.jinja\), .*choose a model whose template has one"
+    )
+    with pytest.raises(ConfigError, match=rule):
+        load(objective, train=path)
 
 
 BAD: list[tuple[Any, dict[str, Any], dict[str, Any], str]] = [

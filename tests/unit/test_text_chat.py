@@ -244,6 +244,30 @@ def test_a_template_sees_tools_calls_and_its_own_variables() -> None:
     assert len(special) == 4, "only the template's own are tokens"
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+CALLING = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}]
+ANSWERED = [*CALLING, {"role": "tool", "content": "hello"}]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+def test_what_a_template_leaves_out_of_tools_is_said() -> None:
+    assert chat(TOOLED).left_out(ANSWERED, TOOLS) is None
+    assert CHAT.left_out([USER, ASSISTANT]) is None  # nothing to lose
+    assert CHAT.left_out([USER, {"role": "tool", "content": "x"}]) is None  # ChatML: any role
+    assert CHAT.left_out(CALLING) == "tool_calls: the call of 'f'"
+    assert CHAT.left_out([USER, ASSISTANT], TOOLS) == "tools: the tool 'f'"
+    # it declares tools, and writes contents alone
+    declares = chat("{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML)
+    assert declares.knows_tools
+    assert declares.left_out(CALLING, TOOLS) == "tool_calls: the call of 'f'"
+    once = TOOLED.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+    assert chat(once).left_out(CALLING, TOOLS) == "tool_calls: the call of 'f'"  # the second
+    mute = TOOLED.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' }}")
+    assert chat(mute).left_out(ANSWERED, TOOLS) == "what a tool has answered"
+    with pytest.raises(ConfigError, match="no tools today"):
+        chat("{{ raise_exception('no tools today') }}").left_out(CALLING)
+
+
 def test_a_turn_can_be_gone_on_with() -> None:
     whole = CHAT.encode_chat([USER, ASSISTANT], generation_prompt=False)
     begun = CHAT.encode_chat([USER, {"role": "assistant", "content": "hello "}], continued=True)

@@ -13,6 +13,7 @@ from train_jobs.data.encoders import labels, masked, pairs
 from train_jobs.data.encoders.asked import asked
 from train_jobs.data.encoders.distillation import check_teacher
 from train_jobs.data.encoders.preference import judged, preference
+from train_jobs.data.encoders.tooled import require_whole
 from train_jobs.data.example import Document, Example
 from train_jobs.data.records import (
     Asked,
@@ -91,13 +92,7 @@ def anything(record: Dialogue | Completion | Text, text: ChatText) -> Example:
 
 def dialogue(record: Dialogue, text: ChatText) -> Example:
     """Encode a conversation with the model's template; what the assistant says is trained."""
-    calls = any("tool_calls" in message for message in record.messages)
-    if (record.tools or calls) and not text.knows_tools:
-        raise ConfigError(
-            f"{'tools' if record.tools else 'tool_calls'}: this model's chat template has no place "
-            "for tools, so calls would be lost; choose a model whose template has, or write them "
-            "into the texts"
-        )
+    require_whole(text, record.messages, record.tools)
     ids, trained = text.encode_training(record.messages, record.tools)
     return Example((Document(record.where, tuple(ids), tuple(trained)),))
 

@@ -29,8 +29,8 @@ from train_jobs.data.settings import Data, Source
 from train_jobs.data.store import Builder, Cache, Chunk, Tokens
 from train_jobs.objectives.settings import Objective
 
-VERSION = 1
-"""To be raised whenever an encoder gives other tokens for the same record."""
+VERSION = 2
+"""To be raised whenever an encoder gives other tokens for the same record, or refuses it."""
 BATCH = 500
 """Rows that are encoded together."""
 MANY = 20_000

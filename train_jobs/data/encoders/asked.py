@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from cluster.text.chat import ChatText
+from train_jobs.data.encoders.tooled import require_whole
 from train_jobs.data.example import Document, Example
 from train_jobs.data.records import Asked
 
 
 def asked(record: Asked, text: ChatText) -> Example:
     """Encode a conversation up to the assistant's turn; the label is what rewards are told."""
+    require_whole(text, record.prompt)
     ids = text.encode_chat(record.prompt)
     document = Document(record.where, ids, (False,) * len(ids))
     return Example((document,), {"prompt": record.prompt, "facts": dict(record.facts)})

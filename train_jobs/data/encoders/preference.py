@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cluster.errors import ConfigError
 from cluster.text.chat import ChatText
+from train_jobs.data.encoders.tooled import require_whole
 from train_jobs.data.example import Document, Example
 from train_jobs.data.records import Judged, Messages, Preference
 
@@ -27,6 +28,7 @@ def answered(where: str, prompt: Messages, answer: Messages, text: ChatText) -> 
 
     Raises ConfigError where the template writes the prompt differently once it is answered.
     """
+    require_whole(text, (*prompt, *answer))
     ids, trained = text.encode_training((*prompt, *answer))
     start = _end_of_earlier_turns(prompt, ids, text)
     trained = [place >= start and counted for place, counted in enumerate(trained)]
