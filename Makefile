@@ -6,6 +6,7 @@
 #   make bench     serving and training beside their peers; bench-check holds the results to targets
 #   make bench-peers  environments for vLLM, ray.serve.llm and lm-evaluation-harness under .bench
 #   make test-slow    training on SmolLM2 itself, minutes; nightly
+#   make test-chaos   a head that is killed, machines that leave and return under a run, minutes
 #   make bench-http   the whole product beside whole peers, through HTTP
 #   make down      stop what `make demo` left running
 #   make clean     delete .venv, .bench and .roundhouse (models, runs, keys)
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo demo-lora bench bench-peers bench-http bench-check test install check unit parity ray test-slow down clean
+.PHONY: demo demo-lora bench bench-peers bench-http bench-check test install check unit parity ray test-slow test-chaos down clean
 
 demo: install
 	@$(BIN)/python -m benchmarks.demo
@@ -59,6 +60,9 @@ ray: install
 
 test-slow: install
 	$(PYTEST) -v -m slow --timeout 1500
+
+test-chaos: install
+	$(PYTEST) -v -m chaos --timeout 1500
 
 install: $(STAMP)
 

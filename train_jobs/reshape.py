@@ -37,8 +37,8 @@ def fitted(path: Path, meta: Meta, folder: Path, world: World) -> Iterator[tuple
     if world.rank == 0:
         try:
             convert(path, folder)
-        except JobError as error:
-            problem = [str(error)]
+        except (JobError, OSError) as error:
+            problem = [str(error)]  # whatever it is: the others wait to be told
     dist.broadcast_object_list(problem)
     if problem[0]:
         raise JobError(problem[0])
@@ -81,6 +81,8 @@ def convert(path: Path, folder: Path) -> None:
                     inject_missing_state=False,
                 )
             )
+    # a script of DeepSpeed's, which tells what it lacks as AssertionError, KeyError, ValueError or
+    # RuntimeError, and of what is torn as pickle's errors: whatever it is, all ranks wait to hear it
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise JobError(
