@@ -82,7 +82,7 @@ def convert(path: Path, folder: Path) -> None:
                 )
             )
     # a script of DeepSpeed's, which tells what it lacks as AssertionError, KeyError, ValueError or
-    # RuntimeError, and of what is torn as pickle's errors: whatever it is, all ranks wait to hear it
+    # RuntimeError, and of what is torn as pickle's errors: all ranks wait to hear of it
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise JobError(
