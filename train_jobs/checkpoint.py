@@ -54,6 +54,8 @@ class Meta:
     """Of all processes that worked on the run, from start to here."""
     standing: Standing = Standing()
     """What held-out figures during the run have shown."""
+    data: Mapping[str, str] | None = None
+    """SHA-256 of each file of the data, as lineage names it; None in checkpoints of before."""
 
     @property
     def step(self) -> int:
@@ -265,6 +267,35 @@ def check(path: Path, meta: Meta, config: Mapping[str, Any]) -> None:
             f"{path} was written with another configuration: {'; '.join(changed)}; put the old "
             "values back into the run's config.json, or start a new run"
         )
+
+
+def check_data(path: Path, meta: Meta, hashes: Mapping[str, str]) -> None:
+    """Refuse a checkpoint whose run has learnt from other rows than there are now.
+
+    Raises:
+        JobError: a file's content was changed, or there are other files; the message names them.
+    """
+    if meta.data is None:
+        return
+    told = [
+        f"{name} {_changed(meta.data.get(name), hashes.get(name))}"
+        for name in sorted({*meta.data, *hashes})
+        if meta.data.get(name) != hashes.get(name)
+    ]
+    if told:
+        raise JobError(
+            f"{path} was written with other data: {'; '.join(told[:5])}; its steps would be "
+            "counted in other rows: put the files back as they were, or start a new run (to train "
+            "further on the new rows, from what this run publishes)"
+        )
+
+
+def _changed(old: str | None, new: str | None) -> str:
+    if old is None:
+        return "was not there"
+    if new is None:
+        return "is gone"
+    return f"has other content (SHA-256 {old[:12]} then, {new[:12]} now)"
 
 
 def differences(old: Any, new: Any, at: str = "") -> list[str]:

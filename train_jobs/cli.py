@@ -110,6 +110,7 @@ def _resume(name: str, overrides: Sequence[str], local: int | None, dry_run: boo
     run = RunDir.find(name)
     path = resume.require_resumable(run)
     config = resume.config_of(run, local, overrides)
+    resume.require_same_data(path, config)
     cluster = None if local else find_cluster(required=not dry_run)
     if cluster:
         _require_idle(cluster, run)

@@ -54,6 +54,7 @@ def _run(args: argparse.Namespace) -> int:
         run = RunDir.find(args.resume)
         checkpoint = resume.require_resumable(run)
         config = resume.config_of(run, args.local, args.overrides)
+        resume.require_same_data(checkpoint, config)
         if args.dry_run:
             line = resume.submit_line(None, run, args.overrides)
             console.out(resume.describe(run, config, checkpoint, line))

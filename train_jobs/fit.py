@@ -198,6 +198,7 @@ class Fit:
             losses=dict(self.losses),
             seconds=self.seconds,
             standing=self.standing,
+            data=self.task.hashes,
         )
         told = {"step": progress.step, **metrics}
         self.saver.save(self.engine, meta, self.standing.steps, told)

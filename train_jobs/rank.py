@@ -38,7 +38,10 @@ def run_rank(
             group.quiet()
             with tracked(world, run, config) as told:
                 found = find_checkpoint(run, config, told, resume)
-                result = _run(Task.load(config), run, told, device, revision, found, started)
+                task = Task.load(config)
+                if found:
+                    checkpoint.check_data(*found, task.hashes)
+                result = _run(task, run, told, device, revision, found, started)
         finally:
             group.leave()
     return result

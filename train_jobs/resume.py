@@ -11,6 +11,7 @@ from cluster.config import load
 from cluster.errors import ConfigError, JobError
 from train_jobs import attempts, checkpoint
 from train_jobs.config import FinetuneConfig
+from train_jobs.data.dataset import hashes_of
 from train_jobs.plan import hand_line
 from train_jobs.runs import RunDir
 
@@ -58,6 +59,18 @@ def config_of(run: RunDir, local: int | None, overrides: Sequence[str] = ()) -> 
     """
     asked = [*overrides, *([f"run.workers={local}"] if local else [])]
     return load(run.config, FinetuneConfig, ["run.min_workers=null", *asked] if asked else [])
+
+
+def require_same_data(path: Path, config: FinetuneConfig) -> None:
+    """Refuse to go on from a checkpoint with other data; its ranks look once more themselves.
+
+    Raises:
+        JobError: the content of a file was changed since.
+        ConfigError: a file is gone.
+    """
+    meta = checkpoint.read_meta(path)
+    if meta.data is not None:
+        checkpoint.check_data(path, meta, hashes_of(config.data))
 
 
 def job_command(run: RunDir, overrides: Sequence[str] = ()) -> str:

@@ -62,6 +62,11 @@ class Task:
             objective,
         )
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each file of the data."""
+        return {**self.train.hashes, **(self.heldout.hashes if self.heldout else {})}
+
 
 def check_base(config: FinetuneConfig, base: Version) -> None:
     """Refuse what this base cannot do, from its headers alone."""
@@ -85,7 +90,6 @@ def config_hash(config: FinetuneConfig) -> str:
 
 def lineage(task: Task, run_id: str, losses: Mapping[str, float], revision: str | None) -> Facts:
     """Return what the library is to remember of this run."""
-    hashes = {**task.train.hashes, **(task.heldout.hashes if task.heldout else {})}
     old, adapter = task.base.manifest, task.config.adapter
     made = [f"fine-tuned from {task.base.ref} by {run_id}"]
     if adapter:
@@ -95,7 +99,7 @@ def lineage(task: Task, run_id: str, losses: Mapping[str, float], revision: str 
         lineage=Lineage(
             run_id=run_id,
             config_hash=config_hash(task.config),
-            data_hashes=hashes,
+            data_hashes=task.hashes,
             code_revision=revision,
         ),
         metrics=dict(losses),

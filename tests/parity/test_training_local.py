@@ -111,6 +111,13 @@ def test_t41_stopped_then_killed_then_resumed_is_the_run_never_touched(config: P
     assert f"was stopped after step {at}; nothing was published" in told
     assert 6 <= at < STEPS
 
+    rows = config.with_name("train.jsonl")
+    good = rows.read_text()
+    rows.write_text(good.replace("engine 7", "engine 9"))
+    told = finish(start("train", "--resume", run.id, "--local", "1"), code=1)
+    assert "was written with other data: train.jsonl has other content (SHA-256 " in told
+    rows.write_text(good)
+
     process = start("train", "--resume", run.id, "--local", "1")
     wait_for_step(run, at + 6, process)
     process.send_signal(signal.SIGKILL)  # whoever follows: the rank ends with it
@@ -181,6 +188,12 @@ def test_t42_killed_while_it_writes_a_checkpoint_it_ends_with_the_same_weights(
             found, passed = newest(run.checkpoints)
             assert found is not None
             assert not passed
+        if kills:  # a rank by itself looks, too: nobody submits what a cluster starts anew
+            rows = config.with_name("train.jsonl")
+            good = rows.read_text()
+            rows.write_text(good.replace("engine 7", "engine 9"))
+            assert rank(run, "resume") == 1
+            rows.write_text(good)
         assert rank(run, *["resume"] * bool(kills)) == 0
         result = run.read_result() or {}
         assert result["steps"] == 6

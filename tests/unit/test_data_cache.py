@@ -20,7 +20,9 @@ from cluster.errors import ClusterError, ConfigError
 from cluster.home import home
 from tests.unit.data_fixtures import Loader, examples, jsonl, said, told
 from train_jobs.data import store, tokenise
+from train_jobs.data.dataset import hashes_of
 from train_jobs.data.readers import Row
+from train_jobs.data.settings import Data
 from train_jobs.data.store import Builder, Cache, Tokens
 from train_jobs.objectives.settings import DPO, CausalLM, SimPO
 
@@ -308,3 +310,18 @@ def test_a_language_model_reads_a_large_text_without_holding_it(
     data = load(CausalLM(kind="causal_lm"), train=path)
     assert data.examples == 3000
     assert data.rows[-1][0].documents[0].ids == data.rows[0][0].documents[0].ids
+
+
+def test_tc12_what_a_resume_looks_at_is_what_the_run_has_read(load: Loader, tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", [said("where", "stall 3")])
+    (tmp_path / "held").mkdir()
+    jsonl(tmp_path / "held" / "a.jsonl", [said("when", "at noon")])
+    named: dict[str, Any] = {
+        "train": str(tmp_path / "*.jsonl"),
+        "heldout": str(tmp_path / "held" / "a.jsonl"),
+    }
+    train, heldout = load.both(**named)
+    assert heldout is not None
+    found = hashes_of(Data(**named))
+    assert set(found) == {"a.jsonl", "held/a.jsonl"}
+    assert found == {**train.hashes, **heldout.hashes}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import JobError
-from train_jobs.checkpoint import Meta, check, damage, newest, prune, read_meta, seal
+from train_jobs.checkpoint import Meta, check, check_data, damage, newest, prune, read_meta, seal
 from train_jobs.progress import Progress
 from train_jobs.standing import Standing
 
@@ -198,6 +198,24 @@ def test_tc09_another_number_of_ranks_is_the_only_change_that_is_taken(tmp_path:
     check(path, found, {"zero": 2, "run": {"workers": 4, "min_workers": 1, "seed": 0}})
     with pytest.raises(JobError, match=r"configuration: run.seed was 0, is 1; put"):
         check(path, found, {"zero": 2, "run": {"workers": 1, "seed": 1}})
+
+
+def test_tc12_changed_data_is_refused_by_the_file_that_changed(tmp_path: Path) -> None:
+    path = written(tmp_path, 5)
+    check_data(path, read_meta(path), {"rows.jsonl": "a" * 64})  # it is of before there was any
+    one, two = {"rows.jsonl": "a" * 64}, {"rows.jsonl": "b" * 64, "more/held.jsonl": "c" * 64}
+    known = replace(meta(5), data={**one, "more/held.jsonl": "c" * 64})
+    check_data(path, known, dict(known.data or {}))
+    with pytest.raises(JobError) as caught:
+        check_data(path, known, two)
+    told = str(caught.value)
+    assert "rows.jsonl has other content (SHA-256 aaaaaaaaaaaa then, bbbbbbbbbbbb now)" in told
+    assert "held.jsonl" not in told
+    assert "put the files back as they were, or start a new run" in told
+    with pytest.raises(JobError, match=r"other data: more/held.jsonl is gone; "):
+        check_data(path, known, one)
+    with pytest.raises(JobError, match=r"other data: new.jsonl was not there; "):
+        check_data(path, known, {**(known.data or {}), "new.jsonl": "d" * 64})
 
 
 def test_a_checkpoint_says_where_the_run_stood(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from cluster.errors import ConfigError
 from train_jobs.data.duplicates import exact
 from train_jobs.data.example import Example
 from train_jobs.data.packing import fill_rate, pack
+from train_jobs.data.readers import find
 from train_jobs.data.selection import (
     Pool,
     Shape,
@@ -184,6 +185,19 @@ def load_datasets(
     train = train.weighed([source.weight for source in config.train])
     names = short_names([*train.hashes, *(heldout.hashes if heldout else ())])
     return train.rows(packed, names), heldout.rows(packed, names) if heldout else None
+
+
+def hashes_of(config: Data) -> dict[str, str]:
+    """Return the SHA-256 of each source file by its name in lineage, without reading a row.
+
+    Raises ConfigError for a source that is not there.
+    """
+    sources = (*config.train, *(config.heldout or ()))
+    found: dict[str, str] = {}
+    for source in sources:
+        found |= find(source).hashes()
+    names = short_names(list(found))
+    return {names[path]: value for path, value in found.items()}
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
