@@ -64,6 +64,7 @@ def _what(task: Task, facts: Facts) -> str:
     if lineage:
         code = f", code `{lineage.code_revision}`" if lineage.code_revision else ""
         lines.append(f"Run `{lineage.run_id}`, configuration `{lineage.config_hash[:16]}`{code}.")
+        lines += [f"Its {what} was `{ref}`." for what, ref in lineage.models.items()]
     lines += [f"{note[0].upper()}{note[1:]}." for note in facts.notes]
     return "\n".join(lines)
 

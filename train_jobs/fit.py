@@ -242,9 +242,12 @@ class Fit:
         """Add the model to the library. Returns ``name@number`` on rank 0, None on the others."""
         from train_jobs.card import render
         from train_jobs.export import EXPORT, publish
+        from train_jobs.objectives.base import Asking
 
         config = self.task.config
-        facts = lineage(self.task, self.run.id, self.losses, revision)
+        asked = self.objective.others if isinstance(self.objective, Asking) else {}
+        models = {**config.objective.others, **asked}
+        facts = lineage(self.task, self.run.id, self.losses, revision, models)
         name, staging = config.publish.name or self.task.base.name, self.run.path / EXPORT
         card = render(self.task, name, facts, self.intervals)
         version = publish(

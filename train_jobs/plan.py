@@ -22,6 +22,7 @@ from train_jobs.data.preview import totals
 from train_jobs.data.readers import find
 from train_jobs.data.settings import Source
 from train_jobs.estimate import of_run, of_task
+from train_jobs.objectives.pinning import pinned
 from train_jobs.remedies import remedies
 from train_jobs.task import Task
 from train_jobs.tracking import check_installed
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def resolve(path: Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
-    """Read a configuration and replace what may move: paths become absolute, the model a version.
+    """Read a configuration and replace what may move: paths become absolute, models versions.
 
     Raises:
         ConfigError: the file, or a data file it names, cannot be.
@@ -44,6 +45,7 @@ def resolve(path: Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
     return config.model_copy(
         update={
             "model": Library().resolve(config.model).ref,
+            "objective": pinned(config.objective),
             "data": config.data.model_copy(update={"train": train, "heldout": heldout}),
         }
     )

@@ -24,6 +24,7 @@ from cluster.errors import ConfigError, JobError, RoundhouseError
 from cluster.resources import EPSILON
 from cluster.session import connect
 from train_jobs.config import FinetuneConfig
+from train_jobs.objectives.pinning import pinned
 from train_jobs.runs import RunDir
 from train_jobs.search import Tune, overrides
 
@@ -146,7 +147,9 @@ def trial(told: Mapping[str, Any]) -> None:
     config = load(search.path / FILE, FinetuneConfig)
     assert config.tune, "it was checked"
     metric = config.tune.metric
-    run = begin(search, config_of(config, told[POINT]), told[POINT])
+    mine = config_of(config, told[POINT])
+    mine = mine.model_copy(update={"objective": pinned(mine.objective)})
+    run = begin(search, mine, told[POINT])
     news = {"event": "trial", "run": run.id, "metric": metric, "point": told[POINT]}
     search.append(news)
     failed: list[BaseException] = []

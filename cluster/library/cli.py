@@ -126,6 +126,7 @@ def show(ref: Ref, as_json: AsJson = False) -> None:
         "licence": manifest.licence,
         "digest": manifest.digest,
     }
+    lines |= lineage.models if lineage else {}
     lines |= {f"data {file}": sha for file, sha in (lineage.data_hashes if lineage else {}).items()}
     lines |= {f"metric {key}": f"{value:.6g}" for key, value in manifest.metrics.items()}
     for label, value in lines.items():

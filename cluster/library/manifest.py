@@ -86,6 +86,8 @@ class Lineage(Frozen):
     """File or data set name to the SHA-256 of its bytes."""
     code_revision: str | None = None
     """Hash of the code package that ran."""
+    models: dict[str, str] = {}
+    """Versions that it asked beside its base, as ``name@3``, by what they were to it: a teacher."""
 
 
 class Origin(Frozen):

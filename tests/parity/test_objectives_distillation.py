@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.errors import JobError
 from cluster.generation import Answered, Ask
 from tests.parity import objectives_work as work
 from tests.parity.engine_fixtures import VOCAB, save_tiny
@@ -19,11 +20,14 @@ from tests.unit.serving_fixtures import write_model
 from train_jobs.data.dataset import Dataset
 from train_jobs.data.example import Document, Example
 from train_jobs.objectives import head as heads
+from train_jobs.objectives import served_teacher
 from train_jobs.objectives.distillation import Distilled
 from train_jobs.objectives.divergence import divergence
 from train_jobs.objectives.packed import load_decoder
 from train_jobs.objectives.served_teacher import ServedDistilled
 from train_jobs.objectives.settings import Distillation
+from train_jobs.ports import PlainWorld
+from train_jobs.runs import RunDir
 
 pytestmark = pytest.mark.parity
 __all__ = ["base", "one", "two"]
@@ -176,6 +180,37 @@ def test_a_served_teacher_says_the_same_as_one_beside_the_engine(
         slopes.append(student.model.embed_tokens.weight.grad)
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-4)
+
+
+class Promoted:
+    """A served teacher whose alias moves."""
+
+    version = "teacher@1"
+
+    def ask(self, asks: Sequence[Ask]) -> list[Answered]:
+        place = tuple((token, -2.0) for token in range(3))
+        return [Answered(self.version, prompt=(place,) * (len(a.prompt_ids) - 1)) for a in asks]
+
+
+def test_a_run_learns_from_one_version_of_a_served_teacher(
+    base: Path, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_teacher.dist, "broadcast_object_list", lambda told: None)
+    told = Distillation(kind="distillation", teacher="serve:teacher", top_k=3)
+    run, sampler = RunDir(tmp_path), Promoted()
+    world = PlainWorld(0, 1, run)
+    objective = ServedDistilled(told, sampler)
+    batch = objective.collate([Example((document,)) for document in documents(2, seed=3)])
+    objective.before(None, data, None, run, world)
+    assert objective.others == {"teacher": "teacher@1"}
+    assert objective.taught([batch])
+    sampler.version = "teacher@2"
+    with pytest.raises(JobError, match=r"now answers as teacher@2, .* learn from teacher@1; move"):
+        objective.taught([batch])
+    resumed = ServedDistilled(told, sampler)  # and in the next process as well
+    resumed.before(None, data, None, run, world)
+    with pytest.raises(JobError, match="`roundhouse promote teacher@1` and resume"):
+        resumed.taught([batch])
 
 
 def test_what_the_student_says_itself_takes_the_place_of_the_answer(

@@ -13,18 +13,23 @@ import yaml
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from cluster.errors import ConfigError
+from cluster.config import dump, load
+from cluster.errors import ConfigError, UnknownModel
+from cluster.library.cli import models
 from cluster.library.manifest import Facts
 from cluster.library.store import Library
 from tests.unit.library_fixtures import model
 from tests.unit.text_fixtures import write_tokenizer
 from train_jobs.adaptation import LoRA
 from train_jobs.adapters import added_parameters, check_targets, linear_layers, note
+from train_jobs.card import render
 from train_jobs.cli import register
+from train_jobs.config import FinetuneConfig
 from train_jobs.data.example import Document
 from train_jobs.data.preview import marked, pieces
+from train_jobs.objectives.settings import Distillation
 from train_jobs.plan import resolve
-from train_jobs.task import Task
+from train_jobs.task import Task, lineage
 
 ROWS = [
     {
@@ -94,6 +99,49 @@ def test_tc36_experts_under_zero_3_are_refused_before_anything_waits(config: Pat
     Task.load(resolve(config))
     with pytest.raises(ConfigError, match=r"zero: 3 with tiny@1: .*num_local_experts=8.*zero: 2"):
         Task.load(resolve(config, ["zero=3"]))
+
+
+def distilling(config: Path) -> Path:
+    told = yaml.safe_load(config.read_text())
+    objective = {"kind": "distillation", "teacher": "tiny@best"}
+    config.write_text(yaml.safe_dump(told | {"objective": objective}))
+    return config
+
+
+def test_a_runs_teacher_is_the_version_that_the_alias_meant_when_it_was_made(
+    config: Path, tmp_path: Path
+) -> None:
+    library = Library()
+    library.publish("tiny", tmp_path / "tiny", Facts())
+    library.move_alias("tiny", "best", 1, None, "a test")
+    made = resolve(distilling(config))
+    assert isinstance(made.objective, Distillation)
+    assert made.objective.teacher == "tiny@1"
+    stored = tmp_path / "config.json"
+    stored.write_text(dump(made))
+    library.move_alias("tiny", "best", 2, 1, "a test")
+    again = load(stored, FinetuneConfig)  # what a resume reads
+    assert again == made
+    assert resolve(config).objective.others == {"teacher": "tiny@2"}
+
+    facts = lineage(Task.load(made), "r-1", {}, None, made.objective.others)
+    assert facts.lineage is not None
+    assert facts.lineage.models == {"teacher": "tiny@1"}
+    version = library.publish("tiny", tmp_path / "tiny", facts)
+    assert library.verify(version.ref).manifest.lineage == facts.lineage
+    shown = CliRunner().invoke(models, ["show", version.ref]).output
+    assert "  teacher      tiny@1\n" in shown
+    assert "\nIts teacher was `tiny@1`.\n" in render(Task.load(made), "tiny", facts, {})
+
+
+def test_a_teacher_that_is_not_there_or_that_is_served(config: Path) -> None:
+    sets = ["objective.teacher=serve:tiny", "objective.top_k=4"]
+    served = resolve(distilling(config), sets).objective
+    assert served.others == {}  # its answers say which version it is
+    assert isinstance(served, Distillation)
+    assert served.teacher == "serve:tiny"
+    with pytest.raises(UnknownModel, match="nobody"):
+        resolve(config, ["objective.teacher=nobody"])
 
 
 def test_pieces_follow_the_mask_and_nothing_predicts_the_first_token() -> None:

@@ -83,6 +83,15 @@ class Ahead(Protocol):
 
 
 @runtime_checkable
+class Asking(Protocol):
+    """An objective that asks a model which is served: which version it is shows in its answers."""
+
+    @property
+    def others(self) -> Mapping[str, str]:
+        """Versions by what they are to the run."""
+
+
+@runtime_checkable
 class Stepwise(Protocol):
     """An objective whose loss needs more of a step than one micro-batch of one rank."""
 

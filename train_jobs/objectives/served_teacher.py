@@ -5,19 +5,28 @@ Shapes: K places of a micro-batch, C of them in one block, k tokens that the tea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-from cluster.errors import JobError
+from cluster.errors import JobError, RoundhouseError
 from cluster.generation import Answered, Ask, Sampler
+from train_jobs.data.dataset import Dataset
 from train_jobs.data.example import Document
 from train_jobs.objectives.distillation import Lesson, Taught
 from train_jobs.objectives.divergence import divergence, named, with_rest
 from train_jobs.objectives.settings import Distillation
+from train_jobs.ports import World
+from train_jobs.runs import RunDir
+
+NAME = "teacher.json"
+"""In the run's folder: which version answered when the run began."""
+PROBE = Ask(prompt_ids=(0, 0), max_tokens=0, top=1)
 
 
 class ServedDistilled(Taught):
@@ -25,7 +34,31 @@ class ServedDistilled(Taught):
 
     def __init__(self, settings: Distillation, sampler: Sampler) -> None:
         super().__init__(settings)
-        self._sampler = sampler
+        self._sampler, self._version = sampler, ""
+
+    @property
+    def others(self) -> Mapping[str, str]:
+        """The teacher, as its answers name it."""
+        return {"teacher": self._version} if self._version else {}
+
+    def before(
+        self, model: Any, data: Dataset, heldout: Dataset | None, run: RunDir, world: World
+    ) -> None:
+        """Note which version answers: a run learns from one teacher, also when it is resumed."""
+        told: list[tuple[str, str]] = [("", "")]
+        if world.rank == 0:
+            path = run.path / NAME
+            try:
+                now = self._sampler.ask([PROBE])[0].version
+                if not path.exists():
+                    path.write_text(json.dumps({"version": now}) + "\n")
+                told = [(str(json.loads(path.read_text())["version"]), "")]
+            except RoundhouseError as error:
+                told = [("", str(error))]
+        dist.broadcast_object_list(told)
+        self._version, problem = told[0]
+        if problem:
+            raise JobError(f"objective.teacher: {self.settings.teacher}: {problem}")
 
     def step(self, model: Any, batches: Sequence[Lesson], shares: Sequence[float]) -> list[Lesson]:
         """Ask the teacher about a whole step at once."""
@@ -35,7 +68,10 @@ class ServedDistilled(Taught):
         """Ask about all documents at once."""
         k = self.settings.top_k or 1
         asks = [Ask(d.ids, max_tokens=0, top=k) for batch in batches for d in batch.documents]
-        answers = iter(self._sampler.ask(asks))
+        found = self._sampler.ask(asks)
+        for answer in found:
+            self._check(answer)
+        answers = iter(found)
         return [self._told(batch, [next(answers) for _ in batch.documents]) for batch in batches]
 
     def compare(
@@ -46,6 +82,14 @@ class ServedDistilled(Taught):
         student = named(F.log_softmax(logits_CV, dim=1), ids_Ck)
         apart_C = divergence(student, with_rest(logps_Ck), self.settings.beta)
         return self.mixed(apart_C, logits_CV, targets_C)
+
+    def _check(self, answer: Answered) -> None:
+        if self._version and answer.version != self._version:
+            raise JobError(
+                f"{self.settings.teacher} now answers as {answer.version}, and this run has begun "
+                f"to learn from {self._version}; move its alias back with `roundhouse promote "
+                f"{self._version}` and resume the run, or start a new one"
+            )
 
     def _told(self, batch: Lesson, answers: Sequence[Answered]) -> Lesson:
         device, k = batch.packed.ids_1T.device, self.settings.top_k

@@ -25,6 +25,11 @@ class Settings(Frozen):
     head: ClassVar[bool] = False
     """Whether the model gets an output layer of its own: it is then another kind than its base."""
 
+    @property
+    def others(self) -> dict[str, str]:
+        """References to other models of the library, by the field that names them."""
+        return {}
+
 
 class CausalLM(Settings):
     """Continued pre-training on running text: the loss is on every token."""
@@ -205,6 +210,11 @@ class Distillation(Settings):
     def served(self) -> str | None:
         """The name of a served teacher."""
         return self.teacher.removeprefix(SERVED) if self.teacher.startswith(SERVED) else None
+
+    @property
+    def others(self) -> dict[str, str]:
+        """The teacher; which version a served one is only its answers say."""
+        return {} if self.served else {"teacher": self.teacher}
 
     @model_validator(mode="after")
     def _can_be_asked(self) -> Distillation:
