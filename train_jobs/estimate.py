@@ -6,15 +6,24 @@ counted as autograd keeps them, layer by layer; what each ZeRO stage holds follo
 whole gradients live until their bucket is reduced, stages 1 to 3 keep the shard that a rank owns
 beside them, and flatten that shard once more for the step. N trainable parameters, P all of them,
 W ranks.
+
+Where the model answers by itself before it learns, that is a third moment: keys and values of all
+answers, and nothing of the others. The reference of DPO and KTO adds nothing, also where all of the
+model learns: the base is asked before the first step, and numbers are kept. What a batch holds is
+the objective's to say: `train_jobs.microbatch`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.library.store import Library, Version
 from train_jobs.adaptation import Freeze
 from train_jobs.adapters import added_parameters
 from train_jobs.config import FinetuneConfig
 from train_jobs.data.dataset import Dataset
-from train_jobs.data.example import trained_in
+from train_jobs.microbatch import MicroBatch, microbatch
 from train_jobs.shape import Shape
 from train_jobs.task import Task
 
@@ -22,8 +31,6 @@ LIVE_PARAMETERS = 1_000_000_000
 """Whole parameters that ZeRO 3 keeps gathered at most: DeepSpeed's stage3_max_live_parameters."""
 BLOCK = 1 << 24
 """Logits that exist at once: `train_jobs.objectives.head`."""
-LOSS_COPIES = 4
-"""Of a block of logits: itself, its log-probabilities and their gradients."""
 CODE_BYTES = 60_000_000
 """Pages of libraries that are touched for the first time while the model runs."""
 SLACK = {"decoder": 1.0, "encoder": 1.5, "seq2seq": 1.25}
@@ -34,6 +41,21 @@ GATHERED_SLACK = 0.35
 """As much more at stage 3, which gathers and frees parameters among the activations."""
 GPU_SLACK = 0.1
 """The same, of all live bytes, where torch itself allocates."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A model that is asked while another learns: whole on every rank, and never changed."""
+
+    parameters: int
+    hidden: int
+    """Width of what it says of each place, until its logits are needed."""
+
+    @classmethod
+    def of(cls, version: Version) -> Beside:
+        """Read it from its manifest."""
+        known = version.manifest.architecture
+        return cls(known.parameters or 0, known.hidden or 0)
 
 
 def of_task(task: Task, dtype: str) -> dict[str, int]:
@@ -48,7 +70,11 @@ def of_run(task: Task, config: FinetuneConfig, dtype: str) -> dict[str, int]:
     if not known.parameters or shape is None:
         return {}
     learnt = added_parameters(config.adapter, task.base.path) if config.adapter else None
-    return of_rank(config, shape, known.parameters, task.train, dtype, learnt)
+    library = Library()
+    others = {
+        what: Beside.of(library.resolve(ref)) for what, ref in config.objective.others.items()
+    }
+    return of_rank(config, shape, known.parameters, task.train, dtype, learnt, others)
 
 
 def of_rank(
@@ -58,11 +84,14 @@ def of_rank(
     data: Dataset,
     dtype: str,
     learnt: int | None = None,
+    others: Mapping[str, Beside] | None = None,
 ) -> dict[str, int]:
     """Return bytes by what they are for: they add up to the fullest moment of a step.
 
-    ``learnt`` is how many parameters an adapter trains, None for all of them.
+    ``learnt`` is how many parameters an adapter trains, None for all of them; ``others`` are the
+    models that the objective asks, each a part of its own.
     """
+    batch = fullest(config, data)
     wide = 2 if dtype == "bfloat16" else 4
     added = 0 if learnt is None or isinstance(config.adapter, Freeze) else learnt
     everything, trainable = parameters + added, parameters if learnt is None else learnt
@@ -79,31 +108,39 @@ def of_rank(
     flattened = 4 * shard if stage else 0
     # what is being reduced, and with other ranks what arrives from them
     buckets = wide * min(config.bucket, trainable) * min(2, ranks if ranks > 1 else bool(stage))
-    activations = activations_of(config, shape, data) * wide
-    logits = logits_of(config, shape, data, learnt is None)
+    activations = activations_of(config, shape, batch) * wide
+    logits = logits_of(shape, batch, learnt is None)
+    cache = batch.kept * shape.layers * 2 * shape.keys * wide
+    said = {what: batch.asked * one.hidden * wide for what, one in (others or {}).items()}
     # forward's end, or the step: what the fuller one has and the other lacks
-    ahead, behind = activations + logits, whole + owned + flattened
+    ahead = activations + logits + sum(said.values())
+    behind = whole + owned + flattened
     if config.accumulate > 1:  # gradients of the micro-batches before are there in a forward pass
         ahead, behind = ahead + whole + owned, flattened
-    gradients = whole + owned if config.accumulate > 1 or behind > ahead else 0
-    forward = ahead >= behind
+    answering = cache > max(ahead, behind)  # of a step that has no gradients yet
+    forward = ahead >= behind and not answering
+    step = not (forward or answering)
     parts = {
         "weights": weights,
-        "gradients": gradients,
-        "optimiser": master + moments + (0 if forward else flattened),
+        "gradients": whole + owned if step or forward and config.accumulate > 1 else 0,
+        "optimiser": master + moments + (flattened if step else 0),
         "activations": activations if forward else 0,
         "logits": logits if forward else 0,
     }
+    if batch.kept:
+        parts["generation"] = cache if answering else 0
+    for what, one in (others or {}).items():
+        parts[what] = one.parameters * wide + (said[what] if forward else 0)
     live = sum(parts.values()) + buckets
     share = SLACK[shape.family] + (GATHERED_SLACK if stage == 3 else 0)
     slack = GPU_SLACK * live if config.run.num_gpus else share * activations
     return parts | {"buffers": buckets + round(slack) + CODE_BYTES}
 
 
-def activations_of(config: FinetuneConfig, shape: Shape, data: Dataset) -> int:
+def activations_of(config: FinetuneConfig, shape: Shape, batch: MicroBatch) -> int:
     """Return the elements that one micro-batch keeps for its backward pass."""
-    tokens, longest = fullest(config, data)
-    kept = per_layer(shape, longest)
+    tokens = batch.tokens
+    kept = per_layer(shape, batch.longest)
     if config.gradient_checkpointing == "full":
         return tokens * (shape.layers * shape.hidden + kept)
     if config.gradient_checkpointing == "selective":
@@ -135,23 +172,19 @@ def per_layer(shape: Shape, longest: int) -> int:
     return kept
 
 
-def logits_of(config: FinetuneConfig, shape: Shape, data: Dataset, learnt: bool) -> int:
-    """Return the bytes of the output layer: a block of float32 logits, and its own gradient."""
-    kind = config.objective.kind
-    if kind in ("sequence_classification", "token_classification", "reward"):
-        return 0
-    size = min(config.batch.micro, len(data.rows))
-    most = max(trained_in(row) for row in data.rows) * size
-    block = min(most * shape.vocabulary, max(BLOCK, shape.vocabulary)) * 4 * LOSS_COPIES
-    return block + (shape.vocabulary * shape.hidden * 4 if learnt else 0)
+def logits_of(shape: Shape, batch: MicroBatch, learnt: bool) -> int:
+    """Return the bytes of the output layer: float32 logits, and its own gradient.
 
-
-def fullest(config: FinetuneConfig, data: Dataset) -> tuple[int, int]:
-    """Return the tokens of the fullest micro-batch, padding among them, and of its longest text.
-
-    Rows of about equal length come together, so the fullest one holds the longest rows.
+    A block of them, or all at once where a model changes them behind its layer.
     """
-    longest = sorted(data.row_lengths)[-config.batch.micro :]
-    if config.objective.packed:
-        return sum(longest), longest[-1]
-    return longest[-1] * len(longest), longest[-1]
+    if not batch.asked:
+        return 0
+    logits = batch.asked * shape.vocabulary
+    if shape.blocks and not batch.whole:
+        logits = min(logits, max(BLOCK, shape.vocabulary))
+    return logits * 4 * batch.copies + (shape.vocabulary * shape.hidden * 4 if learnt else 0)
+
+
+def fullest(config: FinetuneConfig, data: Dataset) -> MicroBatch:
+    """Return what one rank has of the fullest micro-batch."""
+    return microbatch(config.objective, data, config.batch.micro)

@@ -16,6 +16,12 @@ PLAIN = frozenset({"gpt2", "gpt_neo", "gpt_neox", "opt", "bloom", "phi", "falcon
 """Decoders whose feed-forward layers have one matrix going in, where others have two."""
 
 
+BIASED = frozenset({"bart", "mbart", "marian", "pegasus", "blenderbot", "blenderbot-small", "led"})
+"""Models that add a bias of their own behind the output layer."""
+SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Settings of models that scale or cap their logits there (Gemma 2, Cohere, Granite)."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """Widths of one layer, in elements of a token's vectors."""
@@ -36,6 +42,9 @@ class Shape:
     """Whether vectors lose entries at random while the model learns."""
     attention_dropout: bool
     """Whether attention does: then its probabilities exist, for each pair of tokens of a text."""
+    blocks: bool = True
+    """Whether its logits can be computed for some places at a time: nothing changes them behind the
+    output layer."""
 
     @classmethod
     def of(cls, base: Path, known: Architecture) -> Shape | None:
@@ -65,6 +74,7 @@ class Shape:
             attention_dropout=_any(
                 facts, "attention_probs_dropout_prob", "attention_dropout", "dropout_rate"
             ),
+            blocks=facts.get("model_type") not in BIASED and not any(map(facts.get, SCALED)),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from cluster.library.manifest import Architecture
 from train_jobs.config import FinetuneConfig
 from train_jobs.data.dataset import Dataset
 from train_jobs.data.example import Document, Example
-from train_jobs.estimate import of_rank
+from train_jobs.estimate import Beside, of_rank
 from train_jobs.remedies import remedies, ways
 from train_jobs.shape import Shape
 
@@ -138,6 +139,127 @@ def test_tc32_logits_exist_in_blocks_however_many_are_trained() -> None:
     few = of_rank(config(), SMOLLM2, PARAMETERS["smollm2"], rows(500, 400), "float32")
     many = of_rank(config(), SMOLLM2, PARAMETERS["smollm2"], rows(9000, 8000), "float32")
     assert few["logits"] == many["logits"]
+
+
+TINY = Shape("decoder", 2, 8, 16, 8, 4, 2, 100, True, False, False)
+"""144 elements of a token in a layer, 312 in all of it: 2 * 144, and 3 * 8 at its ends."""
+WIDE = replace(TINY, vocabulary=1 << 20)
+TEN = rows(10, 4)
+
+
+def parts(
+    kind: str,
+    data: Dataset = TEN,
+    shape: Shape = TINY,
+    micro: int = 1,
+    others: dict[str, Beside] | None = None,
+    checkpointing: str = "none",
+    **objective: Any,
+) -> dict[str, int]:
+    """What a rank holds at the end of a forward pass of a model so small that this is the most."""
+    made = config(
+        objective={"kind": kind, **objective},
+        zero=0,
+        batch={"micro": micro, "total": micro},
+        run={"workers": 1, "epochs": 1},
+        gradient_checkpointing=checkpointing,
+    )
+    return of_rank(made, shape, 10, data, "float32", None, others)
+
+
+def test_tc32_a_next_tokens_logits_by_hand() -> None:
+    found = parts("sft")
+    assert found["weights"] == 10 * 4
+    assert found["activations"] == 10 * 312 * 4
+    # four places of 100 entries, four times: logits, log-probabilities, the gradients of both
+    assert found["logits"] == 4 * 100 * 4 * 4 + 100 * 8 * 4
+    assert parts("sft", micro=2)["logits"] == 8 * 100 * 4 * 4 + 100 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "copies"), [({}, 8), ({"beta": 1.0}, 9), ({"beta": 0.5}, 16), ({"top_k": 5}, 6)]
+)
+def test_tc32_a_teacher_is_a_part_of_its_own_and_its_logits_are_there_too(
+    options: dict[str, Any], copies: int
+) -> None:
+    teacher = Beside(parameters=1000, hidden=6)
+    found = parts("distillation", others={"teacher": teacher}, teacher="big@1", **options)
+    assert found["teacher"] == 1000 * 4 + 4 * 6 * 4  # and what it says of four places
+    assert found["logits"] == 4 * 100 * 4 * copies + 100 * 8 * 4
+    assert found["activations"] == parts("sft")["activations"]
+
+
+def test_tc32_a_reference_is_asked_before_and_costs_nothing_then() -> None:
+    for kind in ("dpo", "kto"):
+        assert parts(kind) == parts("simpo")
+
+
+def test_tc32_answers_are_what_a_policy_learns_from_not_its_prompts() -> None:
+    prompts = rows(10, 0)
+    options = {"rewards": ["a.b:c"], "num_generations": 4, "max_completion_length": 5}
+    one = parts("grpo", prompts, **options)
+    assert one["activations"] == (10 + 4 * 5) * 312 * 4  # four answers share their prompt
+    assert one["logits"] == 4 * 5 * 100 * 4 * 4 + 100 * 8 * 4
+    assert one["generation"] == 0  # its memory is used again
+    two = parts("grpo", prompts, micro=2, **options)
+    assert two["activations"] == 2 * 4 * (10 + 5) * 312 * 4
+    assert "generation" not in parts("grpo", prompts, app="elsewhere", **options)
+
+
+def test_tc32_keys_and_values_of_all_answers_can_be_the_most() -> None:
+    options = {"rewards": ["a.b:c"], "num_generations": 4, "max_completion_length": 5}
+    keys = replace(TINY, keys=4000)
+    found = parts("grpo", rows(10, 0), keys, checkpointing="full", **options)
+    assert found["generation"] == 4 * (10 + 5) * 2 * 2 * 4000 * 4
+    assert found["activations"] == found["logits"] == found["gradients"] == 0
+
+
+def test_tc32_a_masked_models_logits_are_of_hidden_tokens_alone() -> None:
+    encoder = replace(TINY, family="encoder")
+    found = parts("masked_lm", rows(20, 20), encoder, micro=2)
+    assert found["logits"] == 2 * 3 * 100 * 4 * 4 + 100 * 8 * 4  # 15 % of 20, twice
+    many, wide = rows(400, 400), replace(WIDE, family="encoder")
+    blocks = parts("masked_lm", many, wide)["logits"]
+    assert blocks == 16 * (1 << 20) * 4 * 4 + (1 << 20) * 8 * 4  # 2^24 logits at a time
+    whole = parts("masked_lm", many, wide, next_sentence=True)["logits"]
+    assert whole == 60 * (1 << 20) * 4 * 4 + (1 << 20) * 8 * 4  # its head is asked as it is
+
+
+def test_tc32_a_targets_logits_are_in_blocks_unless_the_model_adds_to_them() -> None:
+    source = Document("a:1", (0,) * 7, (False,) * 7)
+    target = Document("a:1", (0,) * 41, (False, *(True,) * 40))
+    data = Dataset(((Example((source, target), "x"),),) * 3, 512, 0, "0" * 64)
+    both = replace(WIDE, family="seq2seq")
+    assert parts("seq2seq", data, both)["logits"] == 16 * (1 << 20) * 16 + (1 << 20) * 32
+    bart = replace(both, blocks=False)
+    assert parts("seq2seq", data, bart)["logits"] == 40 * (1 << 20) * 16 + (1 << 20) * 32
+
+
+@pytest.mark.parametrize("kind", ["sequence_classification", "token_classification", "reward"])
+def test_tc32_a_head_of_its_own_has_no_logits_over_the_vocabulary(kind: str) -> None:
+    found = parts(kind, micro=3)
+    assert found["logits"] == 0
+    assert found["activations"] == 3 * 10 * 312 * 4
+
+
+@pytest.mark.parametrize(
+    ("facts", "blocks"),
+    [
+        ({"model_type": "llama"}, True),
+        ({"model_type": "t5"}, True),
+        ({"model_type": "bart"}, False),
+        ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, False),
+        ({"model_type": "granite", "logits_scaling": 8.0}, False),
+    ],
+)
+def test_what_changes_logits_behind_the_layer_is_read_from_the_configuration(
+    tmp_path: Path, facts: dict[str, Any], blocks: bool
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    known = Architecture(model_type=facts["model_type"], layers=2, hidden=8, heads=2)
+    shape = Shape.of(tmp_path, known)
+    assert shape is not None
+    assert shape.blocks is blocks
 
 
 def test_widths_are_read_from_the_models_own_configuration(tmp_path: Path) -> None:
