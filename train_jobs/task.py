@@ -16,7 +16,7 @@ from train_jobs.config import FinetuneConfig
 from train_jobs.data.dataset import Dataset, load_datasets
 from train_jobs.data.order import Order
 from train_jobs.data.settle import settle
-from train_jobs.objectives.families import check_family, check_heads
+from train_jobs.objectives.families import check_family
 from train_jobs.objectives.settings import Objective
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -58,7 +58,6 @@ class Task:
                 epochs=config.run.epochs,
                 max_steps=config.run.steps,
                 lengths=None if config.objective.packed else data.row_lengths,
-                work=data.row_work if config.objective.packed else None,
             ),
             objective,
         )
@@ -75,7 +74,6 @@ def check_base(config: FinetuneConfig, base: Version) -> None:
         check_targets(config.adapter, base.path)
     facts = json.loads((base.path / "config.json").read_text())
     check_family(config.objective, facts, base.ref, config.data.max_len)
-    check_heads(facts, config.sequence_parallel)
     experts = [key for key in EXPERTS if isinstance(facts.get(key), int) and facts[key] > 1]
     if config.zero == 3 and experts:
         raise ConfigError(
