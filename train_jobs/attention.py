@@ -9,6 +9,7 @@ Shapes: B = 1, N heads, M key/value heads, T tokens of all documents, E width of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from cluster.errors import ConfigError
+from train_jobs.ulysses import Team, attend_together
 
 NAME = "roundhouse_packed"
 
@@ -27,6 +29,8 @@ class Layout:
 
     prefix: int
     lengths: tuple[int, ...]
+    team: Team | None = None
+    """Whose ranks hold equal slices of it, in their order."""
 
     @property
     def tokens(self) -> int:
@@ -49,20 +53,39 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend as ``layout`` says, each document to itself and the prefix; returns ``[B, T, N, E]``.
 
+    Where a team holds the sequence, T here is this rank's slice of it.
+
     Raises:
         ConfigError: the model wants what this attention does not do.
     """
     layout = layout or Layout(0, (q_BNTE.shape[2],))
     assert q_BNTE.shape[0] == 1, "packed documents are one sequence"
-    assert layout.tokens == q_BNTE.shape[2], "the layout covers every token once"
+    ranks = layout.team.size if layout.team else 1
+    assert layout.tokens == q_BNTE.shape[2] * ranks, "the layout covers every token once"
     longest = layout.prefix + max(layout.lengths)
     if softcap is not None or (sliding_window is not None and longest > sliding_window):
         raise ConfigError(
             f"this model's attention uses softcap={softcap}, sliding_window={sliding_window}; "
             "training supports full causal attention; for a sliding window set data.max_len to it"
         )
+    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return _each_document(layout, q, k, v, options)
+
+    if layout.team is None:
+        return attend(q_BNTE, k_BMTE, v_BMTE), None
+    return attend_together(layout.team, q_BNTE, k_BMTE, v_BMTE, attend), None
+
+
+def _each_document(
+    layout: Layout,
+    q_BNTE: torch.Tensor,
+    k_BMTE: torch.Tensor,
+    v_BMTE: torch.Tensor,
+    options: Mapping[str, Any],
+) -> torch.Tensor:
     q, k, v = (x.split([layout.prefix, *layout.lengths], dim=2) for x in (q_BNTE, k_BMTE, v_BMTE))
-    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
     pieces = []
     for at, length in enumerate(layout.lengths, start=1):
         if not layout.prefix:
@@ -80,7 +103,7 @@ def packed_attention(
         pieces.insert(
             0, F.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True, **options)
         )
-    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()
 
 
 @lru_cache(maxsize=512)

@@ -118,6 +118,9 @@ class FinetuneConfig(Frozen):
     zero: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: what is divided over the ranks. 1: the optimiser's state; 2: also the
     gradients; 3: also the parameters; 0: nothing."""
+    sequence_parallel: PositiveInt = 1
+    """Ulysses (arXiv:2309.14509): so many neighbouring ranks share each row, every one of them with
+    a slice of its tokens. For rows too long for one rank; ``run.workers`` is a multiple of it."""
     optim: Optim = Field(default_factory=Optim)
     batch: Batch = Field(default_factory=Batch)
     run: Run = Field(default_factory=Run)
@@ -132,7 +135,9 @@ class FinetuneConfig(Frozen):
         run = self.run
         if run.least_workers > run.workers:
             raise ValueError(f"run.workers: min={run.min_workers} is above max={run.workers}")
-        check_batch(self.batch.total, self.batch.micro, run.least_workers, run.workers)
+        self._check_slices()
+        slices = self.sequence_parallel
+        check_batch(self.batch.total, self.batch.micro, run.least_workers, run.workers, slices)
         self._check_evaluation()
         self._check_objective()
         if (self.run.epochs is None) == (self.run.steps is None):
@@ -178,6 +183,30 @@ class FinetuneConfig(Frozen):
                 "which a full fine-tune no longer has; give an adapter, or leave beta out"
             )
 
+    def _check_slices(self) -> None:
+        slices, run, kind = self.sequence_parallel, self.run, self.objective.kind
+        if slices == 1:
+            return
+        if not self.objective.sliced:
+            raise ValueError(
+                f"sequence_parallel={slices} with objective {kind}, which needs whole sequences "
+                "on each rank; leave sequence_parallel out, or use causal_lm, sft, "
+                "prompt_completion, dpo, orpo or simpo"
+            )
+        if run.least_workers != run.workers:
+            raise ValueError(
+                f"sequence_parallel={slices} with run.workers from {run.least_workers} to "
+                f"{run.workers}: a cluster starts any number between, and {slices} ranks share a "
+                f"row; give one number, a multiple of {slices}"
+            )
+        if run.workers % slices:
+            below = run.workers // slices * slices
+            fits = " or ".join(str(n) for n in (below, below + slices) if n)
+            raise ValueError(
+                f"run.workers={run.workers} is not a multiple of sequence_parallel={slices}, the "
+                f"ranks that share a row; use {fits} workers"
+            )
+
     def at(self, workers: int) -> FinetuneConfig:
         """Return the same run with this many ranks."""
         run = self.run.model_copy(update={"workers": workers, "min_workers": None})
@@ -186,7 +215,7 @@ class FinetuneConfig(Frozen):
     @property
     def accumulate(self) -> int:
         """Micro-batches of one optimiser step on one rank."""
-        return self.batch.total // (self.batch.micro * self.run.workers)
+        return self.batch.total * self.sequence_parallel // (self.batch.micro * self.run.workers)
 
     @property
     def bucket(self) -> int:

@@ -54,13 +54,17 @@ def build_engine(
 
     from train_jobs.adapters import attach, inner, recompute
     from train_jobs.group import open_engine, seed_everything
+    from train_jobs.objectives.base import Sliced
     from train_jobs.objectives.open import open_objective
+    from train_jobs.ulysses import Team
 
     rendered = config.deepspeed(device.dtype, on_gpu=device.name != "cpu")
     if universal:
         rendered["checkpoint"] = {"load_universal": True}
     seed_everything(config.run.seed)
     objective = open_objective(config)
+    if isinstance(objective, Sliced):
+        objective.team = Team.join(config.sequence_parallel, config.run.timeout_s)
     with divided(rendered):
         model = objective.load(base, getattr(torch, device.dtype)).to(device.name)
     if config.adapter:

@@ -16,7 +16,7 @@ the objective's to say: `train_jobs.microbatch`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.library.store import Library, Version
 from train_jobs.adaptation import Freeze
@@ -187,4 +187,6 @@ def logits_of(shape: Shape, batch: MicroBatch, learnt: bool) -> int:
 
 def fullest(config: FinetuneConfig, data: Dataset) -> MicroBatch:
     """Return what one rank has of the fullest micro-batch."""
-    return microbatch(config.objective, data, config.batch.micro)
+    whole, slices = microbatch(config.objective, data, config.batch.micro), config.sequence_parallel
+    tokens, asked = -(-whole.tokens // slices), -(-whole.asked // slices)
+    return replace(whole, tokens=tokens, asked=asked)

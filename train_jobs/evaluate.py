@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.library.evaluations import Figure
 from train_jobs.data.dataset import Dataset
-from train_jobs.objectives.base import Objective
+from train_jobs.objectives.base import Objective, reader
 from train_jobs.outcome import Outcome
 from train_jobs.ports import World
 
@@ -55,18 +55,20 @@ def outcomes(
 
     training = engine.module.training
     engine.eval()
+    number, readers = reader(objective, world)
     mine: list[tuple[int, list[Outcome]]] = []
     with torch.no_grad():
-        for first in range(0, len(data.rows), world.size):
+        for first in range(0, len(data.rows), readers):
             beat()
-            number = first + world.rank
-            row = data.rows[number if number < len(data.rows) else 0]
-            keys = [f"{seed}/heldout/{number}/{at}" for at in range(len(row))]
+            place = first + number
+            row = data.rows[place if place < len(data.rows) else 0]
+            keys = [f"{seed}/heldout/{place}/{at}" for at in range(len(row))]
             found = objective.outcomes(engine, objective.collate(row, keys, engine.device), row)
-            if number < len(data.rows):
-                mine.append((number, found))
+            if place < len(data.rows):
+                mine.append((place, found))
     engine.train(training)
     every: list[Any] = [None] * world.size
     dist.all_gather_object(every, mine)
-    ordered = sorted((entry for share in every for entry in share), key=lambda entry: entry[0])
-    return [outcome for _, found in ordered for outcome in found]
+    # ranks that share a row have all of them found the same
+    found_at = {place: found for share in every for place, found in share}
+    return [outcome for place in sorted(found_at) for outcome in found_at[place]]

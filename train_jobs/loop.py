@@ -3,7 +3,8 @@
 The loss of a step is the mean over the terms of its *global* batch: its trained tokens, rows or
 pairs. DeepSpeed averages over micro-batches and over ranks, which would weigh a row with one
 trained token like a row with sixty; so each micro-batch contributes ``sum of losses / terms of
-the global batch`` times the two counts that DeepSpeed will divide by.
+the global batch`` times the two counts that DeepSpeed will divide by. Ranks that share a row
+contribute the terms of their slices.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from train_jobs.data.dataset import Dataset
 from train_jobs.data.example import Example, trained_in
 from train_jobs.data.order import Order, Seat
 from train_jobs.guard import Guard
-from train_jobs.objectives.base import Loss, Objective, Stepwise
+from train_jobs.objectives.base import Loss, Objective, Stepwise, reader
 from train_jobs.ports import World, sum_over_ranks
 from train_jobs.progress import START, Progress
 from train_jobs.schedule import lr_at
@@ -57,7 +58,7 @@ def train(
         lr = set_rate(engine, lr_at(step, order.steps, config.optim))
         mine = [
             Micro.of(seats, data, objective, config.run.seed, engine.device)
-            for seats in order.micro_batches(step, world.rank, world.size, config.batch.micro)
+            for seats in order.micro_batches(step, *reader(objective, world), config.batch.micro)
         ]
         if isinstance(objective, Stepwise):
             guard.at(step + 1, "preparing")

@@ -52,18 +52,23 @@ def read_workers(fields: Any) -> Any:
     return {**fields, "workers": told["max"], "min_workers": told["min"]}
 
 
-def check_batch(total: int, micro: int, least: int, most: int) -> None:
-    """Refuse a batch that does not divide for every number of ranks; says which would."""
-    wrong = [ranks for ranks in range(least, most + 1) if total % (micro * ranks)]
+def check_batch(total: int, micro: int, least: int, most: int, slices: int = 1) -> None:
+    """Refuse a batch that does not divide for every number of ranks; says which would.
+
+    ``slices`` ranks share a row; then their number is one, and a multiple of that.
+    """
+    wrong = [n for n in range(least, most + 1) if total * slices % (micro * n)]
     if not wrong:
         return
     if least == most:
-        share = micro * most
+        share = micro * most // slices
         below = total // share * share
         fits = " or ".join(str(n) for n in (below, below + share) if n)
+        rule, numbers = "batch.micro * run.workers", f"{micro} * {most}"
+        if slices > 1:
+            rule, numbers = f"{rule} / sequence_parallel", f"{numbers} / {slices}"
         raise ValueError(
-            f"batch.total={total} is not a multiple of batch.micro * run.workers = "
-            f"{micro} * {most} = {share}; use {fits}"
+            f"batch.total={total} is not a multiple of {rule} = {numbers} = {share}; use {fits}"
         )
     shared = math.lcm(*(micro * ranks for ranks in range(least, most + 1)))
     fits = ", ".join(str(n) for n in range(least, most + 1) if n not in wrong) or "none"

@@ -16,7 +16,7 @@ from train_jobs.config import FinetuneConfig
 from train_jobs.data.dataset import Dataset, load_datasets
 from train_jobs.data.order import Order
 from train_jobs.data.settle import settle
-from train_jobs.objectives.families import check_family
+from train_jobs.objectives.families import check_family, check_heads
 from train_jobs.objectives.settings import Objective
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -75,6 +75,7 @@ def check_base(config: FinetuneConfig, base: Version) -> None:
     facts = json.loads((base.path / "config.json").read_text())
     check_family(config.objective, facts, base.ref, config.data.max_len)
     experts = [key for key in EXPERTS if isinstance(facts.get(key), int) and facts[key] > 1]
+    check_heads(facts, config.sequence_parallel)
     if config.zero == 3 and experts:
         raise ConfigError(
             f"zero: 3 with {base.ref}: it is a mixture of experts ({experts[0]}="

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from train_jobs.data.dataset import Dataset
     from train_jobs.ports import World
     from train_jobs.runs import RunDir
+    from train_jobs.ulysses import Team
 
 
 class Batch(Protocol):
@@ -101,3 +102,20 @@ class Stepwise(Protocol):
         Every rank calls it, before any loss. A share of 0 marks a batch that only keeps the other
         ranks company.
         """
+
+
+@runtime_checkable
+class Sliced(Protocol):
+    """An objective of which neighbouring ranks can hold slices of the same batch.
+
+    Its losses and weights then add up over those ranks; its outcomes are the same on each.
+    """
+
+    team: Team | None
+    """Those ranks; set before the model is loaded."""
+
+
+def reader(objective: Objective, world: World) -> tuple[int, int]:
+    """Return which reader of rows this rank is, and of how many: those that share are one."""
+    sharing = objective.team.size if isinstance(objective, Sliced) and objective.team else 1
+    return world.rank // sharing, world.size // sharing

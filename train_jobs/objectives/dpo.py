@@ -29,7 +29,7 @@ class DirectPreference(PairObjective):
     ) -> None:
         """Ask the base about every answer."""
         parts = [Documents.of(some) for some in (data, heldout) if some is not None]
-        self._known = remember(self._head, model, parts, run.path / NAME, world)
+        self._known = remember(self._head, model, parts, run.path / NAME, world, self.team)
 
     def collate(
         self, examples: Sequence[Example], keys: Sequence[str] = (), device: Any = "cpu"

@@ -53,3 +53,14 @@ def check_family(objective: Settings, config: Mapping[str, Any], ref: str, max_l
         raise ConfigError(
             f"data.max_len: {max_len} tokens, {ref} has positions for {places}; use at most those"
         )
+
+
+def check_heads(config: Mapping[str, Any], slices: int) -> None:
+    """Refuse more ranks for one sequence than a Hugging Face ``config.json`` has heads."""
+    text = config.get("text_config") or config
+    heads = text.get("num_attention_heads", text.get("n_head"))
+    if isinstance(heads, int) and heads < slices:
+        raise ConfigError(
+            f"sequence_parallel: {slices} ranks share a sequence, and each needs a head to attend "
+            f"with; this model has {heads}; use sequence_parallel: {heads} or less"
+        )

@@ -6,14 +6,18 @@ Shapes: T tokens of all documents, K places that predict a target, V entries of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from cluster.errors import ConfigError
 from train_jobs.attention import Layout
 from train_jobs.data.example import Document
+from train_jobs.objectives.families import check_heads
+from train_jobs.ulysses import Team
 
 MIN_PREFIX = 8
 """A shorter common beginning is not worth the attention masks."""
@@ -45,6 +49,11 @@ class Packed:
         return float(len(self.targets_K))
 
     @property
+    def sharing(self) -> int:
+        """How many ranks hold a slice of this."""
+        return self.layout.team.size if self.layout.team else 1
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """What the model is called with."""
         return {
@@ -56,8 +65,34 @@ class Packed:
         }
 
     def by_document(self, values_K: torch.Tensor) -> torch.Tensor:
-        """Return the sum of ``values_K`` over each document, ``[documents]``."""
-        return values_K.new_zeros(self.documents).index_add_(0, self.owners_K, values_K)
+        """Return the sum of ``values_K`` over each document, ``[documents]``.
+
+        Where a team holds the sequence, every rank of it calls this, and gets the sums of all.
+        """
+        sums = values_K.new_zeros(self.documents).index_add(0, self.owners_K, values_K)
+        return self.layout.team.sum(sums) if self.layout.team else sums
+
+    def slice_of(self, team: Team | None) -> Packed:
+        """Return the slice of a rank: equal parts, each with the targets of its own places.
+
+        What is missing to equal parts is one more document, of which nothing is trained.
+        """
+        if team is None:
+            return self
+        size = -(-self.layout.tokens // team.size)
+        missing = size * team.size - self.layout.tokens
+        lengths = (*self.layout.lengths, *([missing] if missing else []))
+        first = team.rank * size
+        here_K = self.predicts_K // size == team.rank
+        return replace(
+            self,
+            ids_1T=F.pad(self.ids_1T, (0, missing))[:, first : first + size],
+            positions_1T=F.pad(self.positions_1T, (0, missing))[:, first : first + size],
+            layout=Layout(self.layout.prefix, lengths, team),
+            predicts_K=self.predicts_K[here_K] - first,
+            targets_K=self.targets_K[here_K],
+            owners_K=self.owners_K[here_K],
+        )
 
 
 def pack_documents(
@@ -101,6 +136,42 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     same = (len({s[at] for s in sequences}) == 1 for at in range(longest))
     length = next((at for at, equal in enumerate(same) if not equal), longest)
     return length if length >= MIN_PREFIX else 0
+
+
+def share_sequences(model: Any, team: Team | None) -> None:
+    """Prove that a model with packed attention computes the same from slices; a collective.
+
+    Layers that look at the tokens before, as convolutions and recurrent ones do, find none before
+    a slice. So two documents are run whole on each rank, and again in slices.
+
+    Raises:
+        ConfigError: it does not, or it has fewer heads than ranks share a sequence.
+    """
+    if team is None:
+        return
+    heads = model.config.get_text_config().num_attention_heads
+    check_heads({"num_attention_heads": heads}, team.size)
+    entries, count = model.get_input_embeddings().num_embeddings, 4 * team.size + 1
+    ids = [at % entries for at in range(3, 3 + count)]
+    trained = (True,) * count
+    made = [Document("", tuple(ids[:3]), trained[:3]), Document("", tuple(ids[3:]), trained[3:])]
+    whole = pack_documents(made, model.get_input_embeddings().weight.device)
+    part = whole.slice_of(team)
+    here_K = whole.predicts_K // part.ids_1T.shape[1] == team.rank
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        alone, together = (model(**packed.inputs).logits[0] for packed in (whole, part))
+    model.train(training)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    near = (alone[here_K] - together).abs().amax() <= tolerance * alone.abs().amax()
+    # all of a team raise, or none: the first slice is right in any model
+    if float(team.sum(near.float())) < team.size:
+        raise ConfigError(
+            f"sequence_parallel: {type(model).__name__} computes something else from slices of a "
+            "sequence: a layer beside its attention looks at other tokens; use sequence_parallel: "
+            "1, or another model (Llama, Qwen, Mistral, SmolLM ...)"
+        )
 
 
 def load_decoder(base: Path, dtype: torch.dtype) -> Any:

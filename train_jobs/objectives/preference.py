@@ -17,9 +17,10 @@ from train_jobs.attention import use_packed_attention
 from train_jobs.data.example import Example
 from train_jobs.objectives.base import Loss
 from train_jobs.objectives.head import Head
-from train_jobs.objectives.packed import Packed, load_decoder, pack_documents
+from train_jobs.objectives.packed import Packed, load_decoder, pack_documents, share_sequences
 from train_jobs.objectives.reference import log_probabilities
 from train_jobs.outcome import Outcome, mean_loss
+from train_jobs.ulysses import Team
 
 FIGURES = (
     "rewards/chosen",
@@ -42,8 +43,8 @@ class Pairs:
 
     @property
     def weight(self) -> float:
-        """P."""
-        return float(self.packed.documents // 2)
+        """P; of ranks that share them, each counts its part."""
+        return self.packed.documents / 2 / self.packed.sharing
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class PairObjective(ABC):
     """An objective over pairs; a subclass judges what the model makes of them."""
 
     figures: tuple[str, ...] = FIGURES
+    team: Team | None = None
+    """See :class:`train_jobs.objectives.base.Sliced`."""
     _head: Head
 
     @abstractmethod
@@ -87,16 +90,19 @@ class PairObjective(ABC):
     def prepare(self, model: Any) -> None:
         """See :class:`train_jobs.objectives.base.Objective`."""
         use_packed_attention(model)
+        share_sequences(model, self.team)
         self._head = Head(model)
 
     def collate(
         self, examples: Sequence[Example], keys: Sequence[str] = (), device: Any = "cpu"
     ) -> Pairs:
         """Put chosen and rejected answers one after the other."""
-        return Pairs(pack_documents([d for example in examples for d in example.documents], device))
+        documents = [document for example in examples for document in example.documents]
+        return Pairs(pack_documents(documents, device).slice_of(self.team))
 
     def loss(self, model: Any, batch: Pairs) -> Loss:
-        """Sum over the pairs."""
+        """Sum over the pairs; of ranks that share them, each of which sees all, a part."""
+        part = 1 / batch.packed.sharing
         seen = self._see(model, batch)
         judged = self.judge(seen)
         columns = {
@@ -108,9 +114,9 @@ class PairObjective(ABC):
             "logps/rejected": seen.logps_P2[:, 1],
             **judged.more,
         }
-        sums = torch.stack([columns[name].detach().sum() for name in self.figures]).tolist()
+        sums = torch.stack([columns[name].detach().sum() * part for name in self.figures]).tolist()
         figures = {n: (s, batch.weight) for n, s in zip(self.figures, sums, strict=True)}
-        return Loss(judged.losses_P.sum(), figures)
+        return Loss(judged.losses_P.sum() * part, figures)
 
     def outcomes(self, model: Any, batch: Pairs, examples: Sequence[Example]) -> list[Outcome]:
         """Return the loss of each pair and, as what it said, both rewards."""

@@ -24,6 +24,7 @@ from train_jobs.data.example import Document
 from train_jobs.objectives.head import Head, nll
 from train_jobs.objectives.packed import Packed, pack_documents
 from train_jobs.ports import World
+from train_jobs.ulysses import Team
 
 NAME = "reference.safetensors"
 
@@ -56,10 +57,18 @@ def log_probabilities(head: Head, model: Any, packed: Packed) -> torch.Tensor:
     return -packed.by_document(head.rows(model, packed.inputs, nll, packed.targets_K)[:, 0])
 
 
-def remember(head: Head, model: Any, parts: Sequence[Documents], path: Path, world: World) -> Known:
+def remember(
+    head: Head,
+    model: Any,
+    parts: Sequence[Documents],
+    path: Path,
+    world: World,
+    team: Team | None = None,
+) -> Known:
     """Return what ``model`` thinks of all documents; every rank calls it and gets all.
 
     Read from ``path`` where an earlier process of this run has written it for the same documents.
+    ``team`` shares each row.
     """
     rows = [part.row for part in parts for _ in range(part.count)]
     places = [number for part in parts for number in range(part.count)]
@@ -76,32 +85,36 @@ def remember(head: Head, model: Any, parts: Sequence[Documents], path: Path, wor
     if values is None:
         # it may take long: whoever follows the run is told what it waits for
         world.report({"event": "reference", "documents": len(names)})
-        values = compute(head, model, every, world)
+        values = compute(head, model, every, world, team)
         if world.rank == 0:
             write(path, values, about)
     return dict(zip(names, values, strict=True))
 
 
-def compute(head: Head, model: Any, rows: Documents, world: World) -> list[float]:
-    """Return the value of each document, in order; the ranks divide the rows.
+def compute(
+    head: Head, model: Any, rows: Documents, world: World, team: Team | None = None
+) -> list[float]:
+    """Return the value of each document, in order; the ranks, or their teams, divide the rows.
 
     Every rank runs equally many passes, because ZeRO 3 gathers parameters in each of them.
     """
     training = model.training
     model.eval()
     device, mine = next(model.parameters()).device, []
+    sharing = team.size if team else 1
     with torch.no_grad():
-        for first in range(0, rows.count, world.size):
-            number = first + world.rank
+        for first in range(0, rows.count, world.size // sharing):
+            number = first + world.rank // sharing
             row = rows.row(number if number < rows.count else 0)
-            found = log_probabilities(head, model, pack_documents(row, device)).tolist()
+            packed = pack_documents(row, device).slice_of(team)
+            found = log_probabilities(head, model, packed).tolist()
             if number < rows.count:
                 mine.append((number, found))
     model.train(training)
     every: list[Any] = [None] * world.size
     dist.all_gather_object(every, mine)
-    ordered = sorted(entry for share in every for entry in share)
-    return [value for _, found in ordered for value in found]
+    found_at = {number: found for share in every for number, found in share}
+    return [value for number in sorted(found_at) for value in found_at[number]]
 
 
 def value_of(known: Known, document: Document) -> float:

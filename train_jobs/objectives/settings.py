@@ -22,6 +22,8 @@ class Settings(Frozen):
     """Which kind of model it trains."""
     packed: ClassVar[bool] = True
     """Whether several examples share a row without padding, each attending to itself alone."""
+    sliced: ClassVar[bool] = False
+    """Whether several ranks can hold slices of one sequence: what it needs of them adds up."""
     head: ClassVar[bool] = False
     """Whether the model gets an output layer of its own: it is then another kind than its base."""
 
@@ -34,24 +36,28 @@ class Settings(Frozen):
 class CausalLM(Settings):
     """Continued pre-training on running text: the loss is on every token."""
 
+    sliced: ClassVar[bool] = True
     kind: Literal["causal_lm"]
 
 
 class ChatSFT(Settings):
     """Supervised fine-tuning on dialogues: the loss is on the assistant's tokens only."""
 
+    sliced: ClassVar[bool] = True
     kind: Literal["sft"] = "sft"
 
 
 class PromptCompletion(Settings):
     """Raw prompts and completions, without a chat template: the loss is on the completion."""
 
+    sliced: ClassVar[bool] = True
     kind: Literal["prompt_completion"]
 
 
 class DPO(Settings):
     """Direct preference optimisation (arXiv:2305.18290)."""
 
+    sliced: ClassVar[bool] = True
     kind: Literal["dpo"]
     beta: PositiveFloat = 0.1
     """How near the policy stays to the reference, which is the base: higher is nearer."""
@@ -73,6 +79,7 @@ class DPO(Settings):
 class ORPO(Settings):
     """Odds-ratio preference optimisation, without a reference (arXiv:2403.07691)."""
 
+    sliced: ClassVar[bool] = True
     kind: Literal["orpo"]
     beta: PositiveFloat = 0.1
     """Weight of the odds ratio beside the likelihood of what was chosen; lambda in the paper."""
@@ -91,6 +98,7 @@ class KTO(Settings):
 class SimPO(Settings):
     """Preference by mean log-likelihood with a margin, without a reference (arXiv:2405.14734)."""
 
+    sliced: ClassVar[bool] = True
     kind: Literal["simpo"]
     beta: PositiveFloat = 2.0
     gamma: NonNegativeFloat = 0.5
