@@ -23,6 +23,7 @@ from train_jobs.data.settings import Data, Source
 from train_jobs.data.settle import settle
 from train_jobs.data.tokenise import form_of
 from train_jobs.objectives.families import check_family, family_of
+from train_jobs.objectives.pinning import pinned
 from train_jobs.objectives.settings import Objective
 
 MAX_LEN = 512
@@ -172,10 +173,30 @@ def resolve(
     elif kind in HEADS:
         check_head(kind, facts, version.ref)
         fields["objective"] = {"kind": kind, **head_settings(kind, facts)}
+    elif kind == "distillation":
+        fields["objective"] |= taught_by(version, overrides)
     kind = fields["objective"]["kind"]
     if kind in REFERRED:
         fields["reference"] = Library().resolve(reference or _base(version, kind)).ref
-    return build(fields, EvaluationConfig, overrides, "--set")
+    made = build(fields, EvaluationConfig, overrides, "--set")
+    return made.model_copy(update={"objective": pinned(made.objective)})
+
+
+def taught_by(version: Version, overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Return the teacher that a version is measured against: by default the one that it had.
+
+    Raises ConfigError where it had none, and nobody names one.
+    """
+    if any(one.startswith("objective.teacher=") for one in overrides):
+        return {}
+    lineage = version.manifest.lineage
+    teacher = lineage.models.get("teacher") if lineage else None
+    if teacher is None:
+        raise ConfigError(
+            f"--objective distillation: {version.ref} does not say whom it has learnt from; name "
+            "the teacher with --set objective.teacher=NAME@3"
+        )
+    return {"teacher": teacher}
 
 
 class Draft(Frozen):

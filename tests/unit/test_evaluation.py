@@ -14,7 +14,7 @@ from cluster.errors import ConfigError, Corrupt
 from cluster.library import evaluations
 from cluster.library.cli import models
 from cluster.library.evaluations import Evaluation, Figure
-from cluster.library.manifest import Facts
+from cluster.library.manifest import Facts, Lineage
 from cluster.library.store import Library, Version
 from tests.unit.data_fixtures import jsonl, said
 from tests.unit.library_fixtures import CONFIG, model
@@ -153,6 +153,25 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(
     bad = jsonl(tmp_path / "bad.jsonl", [said("a", "b"), {"messages": []}])
     with pytest.raises(ConfigError, match=r"bad.jsonl:2: messages"):
         evaluation.Measurement.load(evaluation.resolve("m", bad))
+
+
+def test_a_student_is_measured_against_the_teacher_that_it_had(
+    library: Library, tmp_path: Path
+) -> None:
+    publish(library, tmp_path, "big")
+    publish(library, tmp_path, "big")
+    publish(library, tmp_path)
+    rows = jsonl(tmp_path / "rows.jsonl", [said("a", "b")])
+    with pytest.raises(ConfigError, match=r"m@1 does not say .* --set objective.teacher=NAME@3"):
+        evaluation.resolve("m", rows, "distillation")
+    taught = Lineage(run_id="r", config_hash="c", models={"teacher": "big@1"})
+    library.publish("m", tmp_path / "m", Facts(lineage=taught))
+    found = evaluation.resolve("m@2", rows, "distillation")
+    assert found.objective.others == {"teacher": "big@1"}
+    named = evaluation.resolve("m@2", rows, "distillation", None, ["objective.teacher=big"])
+    assert named.objective.others == {"teacher": "big@2"}  # exact: it is part of the answer's name
+    ids = {evaluation.Measurement.load(one).id for one in (found, named)}
+    assert len(ids) == 2
 
 
 def test_an_id_is_made_of_what_was_asked(library: Library, tmp_path: Path) -> None:
