@@ -77,11 +77,7 @@ def run_(
 ) -> None:
     """Measure a version on the rows of a file, with intervals; `models show` keeps the figures."""
     console.use_json(as_json)
-    from train_jobs.evaluation import Measurement, at, resolve
-
-    config = resolve(model, data, objective, reference, overrides or [])
-    config = at(config, local or workers)
-    measurement = Measurement.load(config)  # a bad row costs a second here, a minute elsewhere
+    measurement = _asked(model, data, objective, reference, overrides, local or workers)
     if dry_run:
         console.result(_rehearse(measurement, local))
         return
@@ -110,14 +106,12 @@ def compare(
     """
     console.use_json(as_json)
     from train_jobs import compare as comparison
-    from train_jobs.evaluation import Measurement, at, common_reference, resolve
+    from train_jobs.evaluation import common_reference
 
-    common = common_reference(first, second, reference)
-    configs = [
-        at(resolve(model, data, objective, common, overrides or []), local or workers)
-        for model in (first, second)
+    common, ranks = common_reference(first, second, reference), local or workers
+    measurements = [
+        _asked(model, data, objective, common, overrides, ranks) for model in (first, second)
     ]
-    measurements = [Measurement.load(config) for config in configs]
     if dry_run:
         rehearsed = [_rehearse(measurement, local) for measurement in measurements]
         console.result({"dry_run": True, "evaluations": rehearsed})
@@ -129,9 +123,8 @@ def compare(
     )
     from train_jobs.objectives.open import open_objective
 
-    score = open_objective(measurements[0].training()).score
-    seed = configs[0].run.seed
-    told = comparison.compare(ours, theirs, score, configs[0].draws, seed)
+    config, score = measurements[0].config, open_objective(measurements[0].training()).score
+    told = comparison.compare(ours, theirs, score, config.draws, config.run.seed)
     console.table(
         f"{found[1].ref} minus {found[0].ref}, {len(ours)} examples",
         ["figure", found[0].ref, found[1].ref, "difference", "95% interval", "p", ""],
@@ -156,11 +149,26 @@ def compare(
             "first": found[0].ref,
             "second": found[1].ref,
             "examples": len(ours),
-            "draws": configs[0].draws,
+            "draws": config.draws,
             "other_tokens": other_tokens,
             "figures": [one.as_json() for one in told],
         }
     )
+
+
+def _asked(
+    model: str,
+    data: Path,
+    objective: str | None,
+    reference: str | None,
+    overrides: Sequence[str] | None,
+    ranks: int | None,
+) -> Measurement:
+    """Return what options ask for; a bad row costs a second here, a minute elsewhere."""
+    from train_jobs.evaluation import Measurement, at, resolve
+
+    config = resolve(model, data, objective, reference, overrides or [])
+    return Measurement.load(at(config, ranks))
 
 
 def _measured(measurement: Measurement, local: int | None, again: bool) -> Evaluation:

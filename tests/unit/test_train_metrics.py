@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from train_jobs.metrics import classes, numbers, tags, texts
-from train_jobs.metrics.bootstrap import difference, interval
+from train_jobs.metrics.bootstrap import Difference, differences, intervals
 
 SAID = [
     "the cat sat on the mat",
@@ -133,32 +133,36 @@ def test_nothing_and_unequal_counts_are_refused(figure: Callable[..., float]) ->
         figure(["a", "b"], ["a"])
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def mean(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": sum(values) / len(values)}
+
+
+def apart(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    return differences(ours, theirs, mean)["mean"]
 
 
 def test_an_interval_is_that_of_the_normal_law_where_that_holds() -> None:
     rng = random.Random(0)
     right = [float(rng.random() < 0.8) for _ in range(400)]
-    found = interval(right, mean, draws=2000)
-    p = mean(right)
+    found = intervals(right, mean, draws=2000)["mean"]
+    p = mean(right)["mean"]
     half = 1.96 * (p * (1 - p) / 400) ** 0.5
     assert found.value == p
     assert found.low == pytest.approx(p - half, abs=0.01)
     assert found.high == pytest.approx(p + half, abs=0.01)
-    assert interval(right, mean, draws=2000) == found
-    assert interval(right, mean, draws=2000, level=0.5).low > found.low
+    assert intervals(right, mean, draws=2000) == {"mean": found}
+    assert intervals(right, mean, draws=2000, level=0.5)["mean"].low > found.low
 
 
 def test_a_small_difference_is_real_where_the_same_examples_show_it() -> None:
     rng = random.Random(1)
     theirs = [rng.gauss(0, 5) for _ in range(200)]
     ours = [value + rng.gauss(0.3, 0.5) for value in theirs]
-    found = difference(ours, theirs, mean)
+    found = apart(ours, theirs)
     assert found.real
     assert found.p < 0.01
     assert found.low < found.value < found.high
     noise = [value + rng.gauss(0, 0.5) for value in theirs]
-    assert not difference(noise, theirs, mean).real
-    same = difference(theirs, theirs, mean)
+    assert not apart(noise, theirs).real
+    same = apart(theirs, theirs)
     assert (same.value, same.real, same.p) == (0, False, 1)

@@ -10,7 +10,6 @@ from typing import TypeVar
 from train_jobs.metrics.check import paired
 
 Item = TypeVar("Item")
-Figure = Callable[[Sequence[Item]], float]
 Score = Callable[[Sequence[Item]], Mapping[str, float]]
 """Several figures of the same items, by name."""
 
@@ -37,21 +36,6 @@ class Difference(Interval):
         return self.low > 0 or self.high < 0
 
 
-def interval(
-    items: Sequence[Item],
-    figure: Figure[Item],
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Return ``figure`` of all items with its percentile interval.
-
-    Efron, Annals of Statistics 7, 1979. The same seed gives the same interval. ValueError where
-    there are no items.
-    """
-    return intervals(items, lambda some: {"": figure(some)}, draws, level, seed)[""]
-
-
 def intervals(
     items: Sequence[Item],
     score: Score[Item],
@@ -59,9 +43,11 @@ def intervals(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Return every figure of a score with its interval; each resample is scored once.
+    """Return every figure of a score with its percentile interval; a resample is scored once.
 
-    A resample that lacks a figure, or has no number for it, is left out of that figure's interval.
+    Efron, Annals of Statistics 7, 1979. The same seed gives the same intervals. ValueError where
+    there are no items. A resample that lacks a figure, or has no number for it, is left out of
+    that figure's interval.
     """
     paired(items, items)
     found: dict[str, list[float]] = {}
@@ -73,22 +59,6 @@ def intervals(
     }
 
 
-def difference(
-    ours: Sequence[Item],
-    theirs: Sequence[Item],
-    figure: Figure[Item],
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Difference:
-    """Return ``figure(ours) - figure(theirs)``, resampling the examples of both alike.
-
-    The two must be the same examples in the same order (paired bootstrap, Koehn, W04-3250).
-    """
-    both = differences(ours, theirs, lambda some: {"": figure(some)}, draws, level, seed)
-    return both[""]
-
-
 def differences(
     ours: Sequence[Item],
     theirs: Sequence[Item],
@@ -97,7 +67,10 @@ def differences(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Difference]:
-    """Return the differences of all figures of a score, from the same resamples."""
+    """Return ``score(ours) - score(theirs)``, figure by figure, resampling both sides alike.
+
+    The two must be of the same examples in the same order (paired bootstrap, Koehn, W04-3250).
+    """
     paired(ours, theirs)
     found: dict[str, list[float]] = {}
     for places in _resampled(len(ours), draws, seed):
