@@ -48,7 +48,13 @@ def main() -> int:
     ratios = {f"{kind}_share": sum(samples[f"{kind}_s"]) / step for kind in told["seconds"]}
     bound = sum(samples["products_bound_tokens_per_s"])
     ratios["of_products_bound"] = sum(samples["useful_tokens_per_s"]) / bound
-    config = {"model": model_label(model), "ranks": RANKS, "case": shape, "engine": told["engine"]}
+    config = {
+        "model": model_label(model),
+        "ranks": RANKS,
+        "case": shape,
+        "engine": told["engine"],
+        "longest_operators_s": told["operators"],
+    }
     return finish(
         "train_steps", args, config, {"roundhouse": samples}, ratios, TARGETS, client, "warm"
     )

@@ -28,7 +28,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from cluster.errors import JobError
+from train_jobs.config import FinetuneConfig
 from train_jobs.data.readers import sha256
 from train_jobs.ports import World
 from train_jobs.progress import Progress
@@ -261,12 +264,20 @@ def check(path: Path, meta: Meta, config: Mapping[str, Any]) -> None:
     Raises:
         JobError: the configuration was changed since; the message names the fields.
     """
-    changed = differences(meta.config, config)
+    changed = differences(_as_read_today(meta.config), config)
     if changed := [told for told in changed if told.partition(" was ")[0] not in RESIZED]:
         raise JobError(
             f"{path} was written with another configuration: {'; '.join(changed)}; put the old "
             "values back into the run's config.json, or start a new run"
         )
+
+
+def _as_read_today(old: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an earlier release's configuration with the defaults of fields that came since."""
+    try:
+        return FinetuneConfig.model_validate(old).model_dump(mode="json")
+    except ValidationError:
+        return old  # what differs will be named
 
 
 def check_data(path: Path, meta: Meta, hashes: Mapping[str, str]) -> None:

@@ -219,8 +219,15 @@ class FinetuneConfig(Frozen):
 
     @property
     def bucket(self) -> int:
-        """Elements of the gradient buffer on CPUs: DeepSpeed's 5e8 are 2 GB, touched every step."""
-        return 4_000_000 if self.adapter else 32_000_000
+        """Elements that are reduced or gathered at once on CPUs, few enough for their caches.
+
+        DeepSpeed's 5e8 are 2 GB, touched every step.
+        """
+        return 4_000_000 if self.adapter else 8_000_000
+
+    @property
+    def _pieces(self) -> dict[str, int]:
+        return dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), self.bucket)
 
     def deepspeed(self, dtype: str, on_gpu: bool) -> dict[str, Any]:
         """Render the DeepSpeed configuration: the only place where one is written."""
@@ -233,7 +240,7 @@ class FinetuneConfig(Frozen):
             "zero_optimization": {
                 "stage": self.zero,
                 "overlap_comm": on_gpu,
-                **({} if on_gpu else {"reduce_bucket_size": self.bucket}),
+                **({} if on_gpu else self._pieces),
                 **({"offload_optimizer": moved} if self.offload.optimizer else {}),
                 **({"offload_param": moved} if self.offload.parameters else {}),
             },

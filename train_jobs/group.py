@@ -6,6 +6,7 @@ import ctypes
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -165,5 +166,18 @@ def open_engine(model: Any, rendered: dict[str, Any], optim: Optim) -> Any:
         weight_decay=optim.weight_decay,
         fused=True,  # one pass over the state, without temporaries of its size
     )
+    gather_in_pieces(rendered["zero_optimization"])
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=rendered)
     return engine
+
+
+def gather_in_pieces(zero: Mapping[str, Any]) -> None:
+    """Have stages 1 and 2 gather their parameters ``allgather_bucket_size`` elements at a time.
+
+    DeepSpeed does where the backend cannot gather into one tensor. Gloo can, by way of a second
+    copy of the whole model: on CPUs pieces that fit the cache take a third of the time.
+    """
+    from deepspeed.comm import comm
+
+    pieces = zero["stage"] in (1, 2) and "allgather_bucket_size" in zero
+    comm.cdb.all_gather_function = None if pieces else comm.cdb.get_all_gather_function()

@@ -58,6 +58,7 @@ class Task:
                 epochs=config.run.epochs,
                 max_steps=config.run.steps,
                 lengths=None if config.objective.packed else data.row_lengths,
+                work=data.row_work if config.objective.packed else None,
             ),
             objective,
         )
@@ -74,8 +75,8 @@ def check_base(config: FinetuneConfig, base: Version) -> None:
         check_targets(config.adapter, base.path)
     facts = json.loads((base.path / "config.json").read_text())
     check_family(config.objective, facts, base.ref, config.data.max_len)
-    experts = [key for key in EXPERTS if isinstance(facts.get(key), int) and facts[key] > 1]
     check_heads(facts, config.sequence_parallel)
+    experts = [key for key in EXPERTS if isinstance(facts.get(key), int) and facts[key] > 1]
     if config.zero == 3 and experts:
         raise ConfigError(
             f"zero: 3 with {base.ref}: it is a mixture of experts ({experts[0]}="

@@ -185,9 +185,9 @@ def t5(bench: Bench) -> Figures:
             },
             "objective": {"kind": "seq2seq", "max_target_len": 32},
             "zero": 0,
-            "optim": {"lr": 2e-3, "betas": [0.9, 0.98]},
-            "batch": {"micro": 64 // bench.ranks, "total": 64},
-            "run": {"workers": bench.ranks, "epochs": 3},
+            "optim": {"lr": 1e-3, "betas": [0.9, 0.98]},
+            "batch": {"micro": 32 // bench.ranks, "total": 32},
+            "run": {"workers": bench.ranks, "epochs": 6},
         },
     )
     return {"t5_exact_match": result["heldout_exact_match_after"]}

@@ -13,7 +13,7 @@ from benchmarks.env import ROOT
 CASES = ("alpaca", "equal", "masked", "vocabulary")
 RANKS = 2
 MAX_LEN = 512
-ROWS = {"alpaca": 4, "equal": 4, "masked": 4, "vocabulary": 8}
+ROWS = dict.fromkeys(CASES, 4)
 """Packed rows of one optimiser step over all ranks; each rank runs its half in one pass."""
 DEMO = ROOT / "train_jobs/data/demo/train.jsonl"
 ALPACA = ROOT.parent / "shared/data/alpaca/alpaca_en_demo.json"

@@ -18,6 +18,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 """By the beginnings of torch's operator names; what has none of them is ``elementwise``."""
 SHAPES = ((576, 576), (1536, 576), (576, 1536))
 """Outputs and inputs of SmolLM2's linear layers."""
+LONGEST = 20
+"""Operators that are told one by one."""
 SHAPE_S = 0.5
 """How long the products of one shape are timed."""
 
@@ -48,7 +50,10 @@ class Profiler(Probe):
         for event in self._profile.key_averages():
             seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
         seconds["waiting"] = last_step_s - sum(seconds.values())
-        return {"seconds": seconds, "gflop_per_s": products_gflop_per_s()}
+        longest = sorted(self._profile.key_averages(), key=lambda e: -e.self_cpu_time_total)
+        operators = {e.key: round(e.self_cpu_time_total / 1e6, 3) for e in longest[:LONGEST]}
+        gflop_per_s = products_gflop_per_s()
+        return {"seconds": seconds, "operators": operators, "gflop_per_s": gflop_per_s}
 
 
 def kind_of(operator: str) -> str:

@@ -147,7 +147,8 @@ def _task(config: Any, home: Path) -> Any:
     packed = pack([example.tokens for example in examples], MAX_LEN)
     rows = tuple(tuple(examples[n] for n in row) for row in packed)
     data = Dataset(rows, MAX_LEN, 0, "0" * 64)
-    order = Order(len(rows), config.batch.total, config.run.seed, None, config.run.steps)
+    total, seed, steps = config.batch.total, config.run.seed, config.run.steps
+    order = Order(len(rows), total, seed, max_steps=steps, work=data.row_work)
     base = Library(home / "library").resolve(config.model)
     return Task(config, base, data, None, order, config.objective)
 

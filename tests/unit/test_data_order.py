@@ -34,6 +34,34 @@ def test_tc04_a_step_holds_the_same_rows_at_every_world_size(world: int, micro: 
         assert {seat.epoch for seat in rows if seat} <= {0, 1}
 
 
+@pytest.mark.parametrize(("world", "micro"), [(1, 8), (2, 2), (4, 1), (2, 4)])
+def test_tc04_rows_dealt_out_by_work_are_the_same_rows(world: int, micro: int) -> None:
+    work = tuple(range(11))
+    plain, dealt = (Order(11, total=8, seed=3, epochs=2, work=w) for w in (None, work))
+    for step in range(plain.steps):
+        assert dealt.step(step) == plain.step(step)
+        shares = [dealt.micro_batches(step, rank, world, micro) for rank in range(world)]
+        rows = [row for share in shares for batch in share for row in batch]
+        assert sorted(rows, key=str) == sorted(plain.step(step), key=str)
+
+
+def test_ranks_get_about_the_same_work_in_every_micro_step() -> None:
+    rng = random.Random(0)
+    work = tuple(rng.randint(512, 1024) for _ in range(64))
+
+    def waiting(order: Order) -> int:
+        lost = 0
+        for step in range(order.steps):
+            ranks = [order.micro_batches(step, rank, 2, 4) for rank in range(2)]
+            for micros in zip(*ranks, strict=True):
+                sums = [sum(work[seat.row] for seat in micro if seat) for micro in micros]
+                lost += max(sums) - min(sums)
+        return lost
+
+    plain, dealt = (Order(64, total=16, seed=1, epochs=1, work=w) for w in (None, work))
+    assert waiting(dealt) < 0.2 * waiting(plain)
+
+
 def test_tc04_every_row_is_seen_once_an_epoch() -> None:
     order = Order(rows=11, total=4, seed=0, epochs=3)
     seen = [row for step in range(order.steps) for row in order.step(step)]

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.errors import JobError
 from train_jobs.checkpoint import Meta, check, check_data, damage, newest, prune, read_meta, seal
+from train_jobs.config import FinetuneConfig
 from train_jobs.progress import Progress
 from train_jobs.standing import Standing
 
@@ -189,6 +190,16 @@ def test_tc12_another_configuration_is_refused_by_its_fields(tmp_path: Path) -> 
     changed = {"zero": 2, "optim": {"lr": 0.2}, "extra": True}
     with pytest.raises(JobError, match=r"extra was None, is True; optim.lr was 0.1, is 0.2"):
         check(path, found, changed)
+
+
+def test_tc12_a_field_that_a_later_release_brought_is_no_change(tmp_path: Path) -> None:
+    path = written(tmp_path, 5)
+    fields = {"model": "m@1", "data": {"train": "/rows.jsonl"}, "run": {"steps": 4}}
+    today = FinetuneConfig.model_validate(fields).model_dump(mode="json")
+    earlier = {key: value for key, value in today.items() if key != "sequence_parallel"}
+    check(path, replace(read_meta(path), config=earlier), today)
+    with pytest.raises(JobError, match="sequence_parallel was 1, is 2"):
+        check(path, replace(read_meta(path), config=earlier), {**today, "sequence_parallel": 2})
 
 
 def test_tc09_another_number_of_ranks_is_the_only_change_that_is_taken(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster.errors import ConfigError
 from train_jobs.data.duplicates import exact
@@ -88,6 +89,13 @@ class Dataset:
         return tuple(sum(example.tokens for example in row) for row in self.rows)
 
     @property
+    def row_work(self) -> tuple[int, ...]:
+        """About what each row costs: every token the layers, a trained one the head as well."""
+        if isinstance(self.rows, Rows):
+            return self.rows.work
+        return tuple(sum(e.tokens + e.trained_tokens for e in row) for row in self.rows)
+
+    @property
     def tokens(self) -> int:
         """Tokens of one pass over the rows."""
         return sum(self.lengths)
@@ -142,7 +150,15 @@ class Rows(Sequence[Row]):
     @property
     def tokens(self) -> tuple[int, ...]:
         """Tokens of each row."""
-        whole = np.concatenate([[0], np.cumsum(self.pool.lengths[self._members])])
+        return self._by_row(self.pool.lengths)
+
+    @property
+    def work(self) -> tuple[int, ...]:
+        """Tokens of each row, and those that are trained once more."""
+        return self._by_row(self.pool.lengths + self.pool.trained)
+
+    def _by_row(self, numbers: NDArray[np.int64]) -> tuple[int, ...]:
+        whole = np.concatenate([[0], np.cumsum(numbers[self._members])])
         return tuple((whole[self._starts[1:]] - whole[self._starts[:-1]]).tolist())
 
     @overload

@@ -7,6 +7,9 @@ whatever the number of ranks; ranks only divide them.
 Rows that are padded to each other are grouped by length: within each WINDOW steps of an epoch's
 permutation, steps hold rows of about equal length, and come in random order. A step then pads
 little, every row still comes once an epoch, and ``batch.total`` is still a number of rows.
+
+Ranks wait for each other in every micro-step. So the rows of a step, whichever they are, are dealt
+out by the work that they make: the heaviest to one rank, the lightest to the same.
 """
 
 from __future__ import annotations
@@ -70,6 +73,8 @@ class Order:
     lengths: tuple[int, ...] | None = field(default=None, repr=False)
     """Tokens of each row, where rows of one micro-batch are padded to the longest of them: rows of
     about equal length then come in one step, and are dealt out in it by length."""
+    work: tuple[int, ...] | None = field(default=None, repr=False)
+    """About what each row costs a rank, in any unit, where rows are packed and not padded."""
     _epochs: dict[int, tuple[int, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -96,13 +101,19 @@ class Order:
         self, step: int, rank: int, world: int, micro: int
     ) -> list[tuple[Seat | None, ...]]:
         """Return what one rank runs in one step: its micro-batches of ``micro`` rows, in order."""
-        seats = self._dealt(self.step(step))
-        stride = micro * world
+        seats, stride = self._dealt(self.step(step)), micro * world
         assert len(seats) % stride == 0, "the configuration checks that the batch divides"
+        if self.work is not None:
+            return [
+                there_and_back(seats[start : start + stride], rank, world)
+                for start in range(0, len(seats), stride)
+            ]
         starts = range(rank * micro, len(seats), stride)
         return [seats[start : start + micro] for start in starts]
 
     def _dealt(self, seats: tuple[Seat | None, ...]) -> tuple[Seat | None, ...]:
+        if (work := self.work) is not None:
+            return tuple(sorted(seats, key=lambda seat: -work[seat.row] if seat else 1))
         if (lengths := self.lengths) is None:
             return seats
         return tuple(sorted(seats, key=lambda seat: lengths[seat.row] if seat else sys.maxsize))
@@ -124,3 +135,9 @@ class Order:
             seed = f"{self.seed}/{epoch}"
             self._epochs[epoch] = grouped(order, self.lengths, self.total, head, seed)
         return self._epochs[epoch]
+
+
+def there_and_back(seats: Sequence[Seat | None], rank: int, world: int) -> tuple[Seat | None, ...]:
+    """Return one rank's share of seats in falling order of work: 0, 1, 2, 2, 1, 0, 0, 1 ..."""
+    rounds = range(len(seats) // world)
+    return tuple(seats[n * world + (world - 1 - rank if n % 2 else rank)] for n in rounds)
