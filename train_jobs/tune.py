@@ -32,6 +32,7 @@ FILE = "tune.json"
 """The resolved configuration in the search's folder. Not ``config.json``: that is a run's."""
 TRIALS = "trials"
 POINT = "point"
+ENDED = "ended early"
 POLL_S = 0.5
 DRIVER = {"CPU": 0, "memory": 1 << 20}
 """What a trial's driver reserves: Ray wants something of it, and the ranks want every CPU."""
@@ -166,7 +167,9 @@ def trial(told: Mapping[str, Any]) -> None:
                     raise JobError(f"tune.metric={metric}: the held-out rows give {known}")
                 looks += 1
                 search.append(news | {"value": record[metric]})
-                ray_tune.report({metric: record[metric], "looks": looks})
+                # a scheduler ends no trial that has done its steps: it sees no look in the last one
+                whole = record["when"] == "after"
+                ray_tune.report({metric: record[metric]} | ({} if whole else {"looks": looks}))
         if not alive:
             break
         time.sleep(POLL_S)
@@ -215,7 +218,7 @@ def collect(search: RunDir, told: Tune, errors: Mapping[str, str]) -> list[Trial
             if record.get("event") == "evaluated" and told.metric in record
         ]
         whole = result.get("status") == "succeeded"
-        state = "succeeded" if whole else "failed" if error else "ended early"
+        state = "succeeded" if whole else "failed" if error else ENDED
         last = run.last_step() or {}
         value = values[-1] if values else None
         found.append(Trial(run.id, point, value, last.get("step"), state, error))
@@ -227,10 +230,14 @@ def collect(search: RunDir, told: Tune, errors: Mapping[str, str]) -> list[Trial
 def finish(
     search: RunDir, config: FinetuneConfig, told: Tune, trials: Sequence[Trial]
 ) -> dict[str, Any]:
-    """Publish the best of the whole trials, delete the other models, write the result."""
+    """Publish the best of the whole trials, delete the other models, write the results."""
     from cluster import home
     from train_jobs.export import publish_held
 
+    for one in trials:
+        run = RunDir(home.runs_dir() / one.run)
+        if one.state == ENDED and run.read_result() is None:  # Tune ended its processes at once
+            run.finish({"status": "stopped", "steps": one.steps, "search": search.id})
     whole = [one for one in trials if one.state == "succeeded" and one.value is not None]
     if not whole:
         why = next((one.error for one in trials if one.error), None)

@@ -16,6 +16,7 @@ from tests.unit.library_fixtures import model
 from train_jobs import tune
 from train_jobs.config import FinetuneConfig
 from train_jobs.export import EXPORT, HELD
+from train_jobs.jobs import state_of
 from train_jobs.runs import RunDir
 from train_jobs.search import Tune
 
@@ -115,7 +116,7 @@ def trial(search: RunDir, lr: float, value: float, whole: bool = True) -> RunDir
 
 def test_the_best_whole_trial_becomes_the_next_version(search: RunDir) -> None:
     best, other = trial(search, 1e-3, 1.5), trial(search, 1e-5, 2.5)
-    trial(search, 1e-4, 1.0, whole=False)  # ended early: it has no model
+    ended = trial(search, 1e-4, 1.0, whole=False)  # it has no model, and wrote no result
     told = config().tune
     assert told is not None
     trials = tune.collect(search, told, {})
@@ -125,6 +126,8 @@ def test_the_best_whole_trial_becomes_the_next_version(search: RunDir) -> None:
     assert Library().get("m", 2).manifest.notes == ("lr 0.001",)
     assert not (other.path / EXPORT).exists()
     assert json.loads(search.result.read_text())["trials"][1]["run"] == best.id
+    assert state_of(ended, {}) == "stopped"
+    assert (ended.read_result() or {})["search"] == search.id
 
 
 def test_a_search_without_a_whole_trial_says_why(search: RunDir) -> None:
