@@ -99,7 +99,7 @@ def alpaca(bench: Bench) -> Figures:
                 "adapter": adapter,
                 "optim": {"lr": lr},
                 "batch": {"micro": 2, "total": 8},
-                "run": {"workers": bench.ranks, "epochs": 1},
+                "run": {"workers": bench.ranks, "steps": 24},
             },
         )
         before, after = (result[f"heldout_perplexity_{when}"] for when in ("before", "after"))
@@ -118,7 +118,7 @@ def dpo(bench: Bench) -> Figures:
             "data": {
                 "train": str(bench.data / "dpo" / "dpo_en_demo.json"),
                 "split": 0.2,
-                "max_len": 1536,
+                "max_len": 768,
                 "truncate": "drop",
             },
             "objective": {"kind": "dpo", "beta": 0.1},
@@ -145,7 +145,7 @@ def distillation(bench: Bench) -> Figures:
     common = {
         "data": data,
         "batch": {"micro": 2, "total": 8},
-        "run": {"workers": bench.ranks, "epochs": 2},
+        "run": {"workers": bench.ranks, "epochs": 1},
         "optim": {"lr": 5e-4},
     }
     # the teacher's own loss on the same rows: of a run that learns nothing worth the name
