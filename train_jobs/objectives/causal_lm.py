@@ -7,44 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from train_jobs.attention import use_packed_attention
 from train_jobs.data.example import Example
 from train_jobs.objectives.base import Loss
-from train_jobs.objectives.head import Head, nll, nll_and_hits
-from train_jobs.objectives.packed import Packed, load_decoder, pack_documents, share_sequences
+from train_jobs.objectives.decoder import SlicedDecoder
+from train_jobs.objectives.head import nll, nll_and_hits
+from train_jobs.objectives.packed import Packed
 from train_jobs.outcome import Outcome, mean_loss
-from train_jobs.ulysses import Team
 
 
-class NextToken:
+class NextToken(SlicedDecoder):
     """Negative log-likelihood of each trained token, summed."""
 
     figures: tuple[str, ...] = ()
-    team: Team | None = None
-    """See :class:`train_jobs.objectives.base.Sliced`."""
-    _head: Head
-
-    def load(self, base: Path, dtype: torch.dtype) -> Any:
-        """See :class:`train_jobs.objectives.base.Objective`."""
-        return load_decoder(base, dtype)
-
-    def prepare(self, model: Any) -> None:
-        """See :class:`train_jobs.objectives.base.Objective`."""
-        use_packed_attention(model)
-        share_sequences(model, self.team)
-        self._head = Head(model)
 
     def collate(
         self, examples: Sequence[Example], keys: Sequence[str] = (), device: Any = "cpu"
     ) -> Packed:
         """Put the examples' documents one after the other."""
-        documents = [document for example in examples for document in example.documents]
-        return pack_documents(documents, device).slice_of(self.team)
+        return self.pack(examples, device)
 
     def loss(self, model: Any, batch: Packed) -> Loss:
         """Sum over the batch's targets, in nats."""

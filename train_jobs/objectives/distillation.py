@@ -20,14 +20,13 @@ import torch
 import torch.nn.functional as F
 
 from cluster.text.chat import ChatText
-from train_jobs.attention import use_packed_attention
 from train_jobs.data.encoders.asked import turn_end
 from train_jobs.data.example import Document, Example
 from train_jobs.objectives.base import Loss
+from train_jobs.objectives.decoder import Decoder
 from train_jobs.objectives.divergence import divergence, named
 from train_jobs.objectives.generate import continued, own_attention, seed_of
-from train_jobs.objectives.head import Head
-from train_jobs.objectives.packed import Packed, load_decoder, pack_documents
+from train_jobs.objectives.packed import Packed, pack_documents
 from train_jobs.objectives.rollout import answer_document
 from train_jobs.objectives.settings import Distillation
 from train_jobs.objectives.teacher import Teacher
@@ -50,11 +49,10 @@ class Lesson:
         return self.packed.weight
 
 
-class Taught(ABC):
+class Taught(Decoder, ABC):
     """The divergence from a teacher, and a share of the data's own next token."""
 
     figures: tuple[str, ...] = ("divergence", "nll")
-    _head: Head
 
     def __init__(self, settings: Distillation) -> None:
         self.settings = settings
@@ -72,12 +70,7 @@ class Taught(ABC):
     def load(self, base: Path, dtype: torch.dtype) -> Any:
         """See :class:`train_jobs.objectives.base.Objective`."""
         self._dtype, self._text = dtype, ChatText.load(base) if self.settings.lmbda else None
-        return load_decoder(base, dtype)
-
-    def prepare(self, model: Any) -> None:
-        """See :class:`train_jobs.objectives.base.Objective`."""
-        use_packed_attention(model)
-        self._head = Head(model)
+        return super().load(base, dtype)
 
     def collate(
         self, examples: Sequence[Example], keys: Sequence[str] = (), device: Any = "cpu"

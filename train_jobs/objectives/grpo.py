@@ -15,14 +15,12 @@ import torch.nn.functional as F
 
 from cluster.generation import Ask, Sample, Sampler
 from cluster.text.chat import ChatText
-from train_jobs.attention import use_packed_attention
 from train_jobs.data.encoders.asked import turn_end
 from train_jobs.data.example import Example
 from train_jobs.objectives import rewards
 from train_jobs.objectives.base import Loss
+from train_jobs.objectives.decoder import Decoder
 from train_jobs.objectives.generate import continued, own_attention, seed_of
-from train_jobs.objectives.head import Head
-from train_jobs.objectives.packed import load_decoder
 from train_jobs.objectives.refresh import Refresh
 from train_jobs.objectives.rollout import (
     Prompts,
@@ -39,10 +37,9 @@ from train_jobs.outcome import Outcome, mean_loss
 Groups = list[list[Sample]]
 
 
-class GroupRelative:
+class GroupRelative(Decoder):
     """The policy gradient of group-relative advantages, clipped around the sampler."""
 
-    _head: Head
     _text: ChatText
 
     def __init__(
@@ -67,12 +64,7 @@ class GroupRelative:
         self._end = turn_end(self._text)
         first = () if self._end is None else (self._end,)
         self._stops = tuple(dict.fromkeys((*first, *self._text.eos_ids)))
-        return load_decoder(base, dtype)
-
-    def prepare(self, model: Any) -> None:
-        """See :class:`train_jobs.objectives.base.Objective`."""
-        use_packed_attention(model)
-        self._head = Head(model)
+        return super().load(base, dtype)
 
     def collate(
         self, examples: Sequence[Example], keys: Sequence[str] = (), device: Any = "cpu"

@@ -14,18 +14,16 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from cluster.errors import ConfigError
-from train_jobs.attention import use_packed_attention
 from train_jobs.data.dataset import Dataset
 from train_jobs.data.example import Document, Example
 from train_jobs.objectives.base import Loss
-from train_jobs.objectives.head import Head
-from train_jobs.objectives.packed import Packed, load_decoder, pack_documents
+from train_jobs.objectives.decoder import Decoder
+from train_jobs.objectives.packed import Packed, pack_documents
 from train_jobs.objectives.reference import (
     NAME,
     Documents,
@@ -63,7 +61,7 @@ class Answers:
         return float(len(self.good_D))
 
 
-class KahnemanTversky:
+class KahnemanTversky(Decoder):
     """Raises what is wanted above the baseline and lowers the rest below it."""
 
     figures: tuple[str, ...] = (
@@ -73,21 +71,11 @@ class KahnemanTversky:
         "logps/rejected",
         "kl",
     )
-    _head: Head
 
     def __init__(self, settings: KTO) -> None:
         self.settings = settings
         self._known: Known = {}
         self._wrong: dict[bytes, Answer] = {}
-
-    def load(self, base: Path, dtype: torch.dtype) -> Any:
-        """See :class:`train_jobs.objectives.base.Objective`."""
-        return load_decoder(base, dtype)
-
-    def prepare(self, model: Any) -> None:
-        """See :class:`train_jobs.objectives.base.Objective`."""
-        use_packed_attention(model)
-        self._head = Head(model)
 
     def before(
         self, model: Any, data: Dataset, heldout: Dataset | None, run: RunDir, world: World

@@ -8,19 +8,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from train_jobs.attention import use_packed_attention
 from train_jobs.data.example import Example
 from train_jobs.objectives.base import Loss
-from train_jobs.objectives.head import Head
-from train_jobs.objectives.packed import Packed, load_decoder, pack_documents, share_sequences
+from train_jobs.objectives.decoder import SlicedDecoder
+from train_jobs.objectives.packed import Packed
 from train_jobs.objectives.reference import log_probabilities
 from train_jobs.outcome import Outcome, mean_loss
-from train_jobs.ulysses import Team
 
 FIGURES = (
     "rewards/chosen",
@@ -71,34 +68,20 @@ class Judgement:
     """Further figures, each ``[P]``."""
 
 
-class PairObjective(ABC):
+class PairObjective(SlicedDecoder, ABC):
     """An objective over pairs; a subclass judges what the model makes of them."""
 
     figures: tuple[str, ...] = FIGURES
-    team: Team | None = None
-    """See :class:`train_jobs.objectives.base.Sliced`."""
-    _head: Head
 
     @abstractmethod
     def judge(self, seen: Seen) -> Judgement:
         """Return losses and rewards."""
 
-    def load(self, base: Path, dtype: torch.dtype) -> Any:
-        """See :class:`train_jobs.objectives.base.Objective`."""
-        return load_decoder(base, dtype)
-
-    def prepare(self, model: Any) -> None:
-        """See :class:`train_jobs.objectives.base.Objective`."""
-        use_packed_attention(model)
-        share_sequences(model, self.team)
-        self._head = Head(model)
-
     def collate(
         self, examples: Sequence[Example], keys: Sequence[str] = (), device: Any = "cpu"
     ) -> Pairs:
         """Put chosen and rejected answers one after the other."""
-        documents = [document for example in examples for document in example.documents]
-        return Pairs(pack_documents(documents, device).slice_of(self.team))
+        return Pairs(self.pack(examples, device))
 
     def loss(self, model: Any, batch: Pairs) -> Loss:
         """Sum over the pairs; of ranks that share them, each of which sees all, a part."""
