@@ -24,7 +24,7 @@ from train_jobs.data.settle import settle
 from train_jobs.data.tokenise import form_of
 from train_jobs.objectives.families import check_family, family_of
 from train_jobs.objectives.pinning import pinned
-from train_jobs.objectives.settings import Objective
+from train_jobs.objectives.settings import GRPO, Objective
 
 MAX_LEN = 512
 LOOKED_AT = 100
@@ -100,10 +100,13 @@ class Measurement:
 
     def training(self) -> FinetuneConfig:
         """Return a training run that has this objective: what opens it reads that."""
+        objective = self.objective
+        if isinstance(objective, GRPO):  # its beta weighs what is learnt, and asks for an adapter
+            objective = objective.model_copy(update={"beta": 0.0})
         return FinetuneConfig(
             model=self.config.model,
             data=self.config.data,
-            objective=self.objective,
+            objective=objective,
             zero=0,
             run=self.config.run.training().model_copy(update={"workers": 1}),
         )

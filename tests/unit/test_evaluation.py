@@ -174,6 +174,18 @@ def test_a_student_is_measured_against_the_teacher_that_it_had(
     assert len(ids) == 2
 
 
+def test_a_policy_is_measured_without_the_term_that_asks_for_an_adapter(
+    library: Library, tmp_path: Path
+) -> None:
+    publish(library, tmp_path)
+    rows = jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}])
+    sets = ["objective.beta=0.1", "objective.rewards=[builtins:len]"]
+    config = evaluation.resolve("m", rows, "grpo", None, sets)
+    training = evaluation.Measurement.load(config).training()
+    assert training.objective.kind == "grpo"
+    assert training.objective.beta == 0.0
+
+
 def test_an_id_is_made_of_what_was_asked(library: Library, tmp_path: Path) -> None:
     publish(library, tmp_path)
     rows = jsonl(tmp_path / "rows.jsonl", [said("a", "b")])
