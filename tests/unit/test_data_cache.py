@@ -21,7 +21,7 @@ from cluster.home import home
 from tests.unit.data_fixtures import Loader, examples, jsonl, said, told
 from train_jobs.data import store, tokenise
 from train_jobs.data.dataset import hashes_of
-from train_jobs.data.readers import Row
+from train_jobs.data.files.row import Row
 from train_jobs.data.settings import Data
 from train_jobs.data.store import Builder, Cache, Tokens
 from train_jobs.objectives.settings import DPO, CausalLM, SimPO

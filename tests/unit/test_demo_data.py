@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from train_jobs.data.files.text import read_jsonl
 from train_jobs.data.forms import Reading
-from train_jobs.data.readers import read_jsonl
 from train_jobs.data.records import Dialogue
 from train_jobs.data.settings import Source
 

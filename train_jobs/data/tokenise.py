@@ -21,8 +21,8 @@ from cluster.errors import ConfigError, JobError
 from train_jobs.data import forms, readers
 from train_jobs.data.duplicates import content, digest, signature
 from train_jobs.data.encode import Encode, open_encoder
+from train_jobs.data.files.row import Row
 from train_jobs.data.forms import Reading
-from train_jobs.data.readers import Row
 from train_jobs.data.records import Record
 from train_jobs.data.scrubbing import scrubbed
 from train_jobs.data.settings import Data, Source

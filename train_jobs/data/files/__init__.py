@@ -1,0 +1,1 @@
+"""How files of each kind are read: rows of columns and values, or what is wrong with them."""
