@@ -64,8 +64,7 @@ class Session:
         self.records: list[dict[str, Any]] = []
         self.world = Recorder(place.rank, place.size, self.records)
         run = self.config.run
-        total, work = self.config.batch.total, data.row_work
-        self.order = Order(len(data.rows), total, run.seed, run.epochs, run.steps, work=work)
+        self.order = Order(len(data.rows), self.config.batch.total, run.seed, run.epochs, run.steps)
         device = Device("cpu", "float32")
         self.engine, self.objective = build_engine(base, self.config, device, universal)
 
