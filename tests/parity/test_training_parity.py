@@ -109,6 +109,16 @@ def test_the_last_step_may_be_short(two: Ranks, one: Ranks, base: Path) -> None:
     assert_same_curve(found, expected)
 
 
+def test_tc04_rows_dealt_out_by_their_work_give_the_same_curve(
+    two: Ranks, one: Ranks, base: Path
+) -> None:
+    few = dataset(documents(11))
+    fields = work.settings(run={"steps": None, "epochs": 2})
+    found = two.run(work.by_work, base, fields, few)[0]
+    [expected] = one.run(work.curve, base, fields, few)
+    assert_same_curve(found, expected)
+
+
 ADAPTER = {"kind": "lora", "r": 4, "alpha": 8.0, "dropout": 0.1}
 PLAIN = {**ADAPTER, "dropout": 0.0}
 """What a rank drops depends on its number."""

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import resource
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,14 @@ def curve(place: Place, base: Path, fields: dict[str, Any], data: Dataset) -> di
     session = Session(place, base, fields, data)
     session.train()
     return session.outcome() | {"record": check(session, "float32")}
+
+
+def by_work(place: Place, base: Path, fields: dict[str, Any], data: Dataset) -> dict[str, Any]:
+    """Train with rows dealt out by the work that they make, as a run does."""
+    session = Session(place, base, fields, data)
+    session.order = replace(session.order, work=data.row_work)
+    session.train()
+    return session.outcome()
 
 
 def mean_of_means(
