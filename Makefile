@@ -5,7 +5,7 @@
 #   make demo-lora the demo with a low-rank adapter, served merged
 #   make bench     serving and training beside their peers; bench-check holds the results to targets
 #   make bench-peers  environments for vLLM, ray.serve.llm and lm-evaluation-harness under .bench
-#   make test-slow    training on SmolLM2 itself, minutes; nightly
+#   make test-slow    training on SmolLM2 itself, and what parity has no minutes for; nightly
 #   make test-chaos   a head that is killed, machines that leave and return under a run, minutes
 #   make bench-http   the whole product beside whole peers, through HTTP
 #   make down      stop what `make demo` left running
@@ -53,7 +53,7 @@ unit: install
 	$(PYTEST) -q
 
 parity: install
-	$(PYTEST) -q -m parity --timeout 600
+	$(PYTEST) -q -m "parity and not slow" --timeout 600
 
 ray: install
 	$(PYTEST) -q -m ray --timeout 600

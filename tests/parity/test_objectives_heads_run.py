@@ -74,6 +74,7 @@ def test_a_classifier_is_trained_on_two_ranks_and_published(tmp_path: Path) -> N
         check_directory(version.path, 1, version.ref)
 
 
+@pytest.mark.slow
 def test_a_t5_is_drawn_from_its_config_and_learns(tmp_path: Path) -> None:
     source = save_t5(tmp_path / "t5-tiny")
     (source / "model.safetensors").unlink()

@@ -47,7 +47,10 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert found["after"][name] == pytest.approx(value, rel=1e-3, abs=2e-3), name
 
 
-@pytest.mark.parametrize("kind", [*PAIRED, "kto"])
+@pytest.mark.parametrize(
+    "kind",
+    ["dpo", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("orpo", "simpo")), "kto"],
+)
 def test_tc02_tc05_ranks_stages_and_micro_batches_are_only_bookkeeping(
     one: Ranks, two: Ranks, base: Path, tmp_path: Path, kind: str
 ) -> None:

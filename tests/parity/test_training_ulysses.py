@@ -124,6 +124,7 @@ def test_pairs_are_compared_over_all_slices(
         assert shared_out["after"][name] == pytest.approx(value, rel=1e-3, abs=2e-3), name
 
 
+@pytest.mark.slow
 def test_two_teams_of_two_with_a_short_last_step(one: Ranks, base: Path) -> None:
     few = dataset(documents(11))
     assert len(few.rows) % 4
