@@ -174,8 +174,8 @@ def open_engine(model: Any, rendered: dict[str, Any], optim: Optim) -> Any:
 def gather_in_pieces(zero: Mapping[str, Any]) -> None:
     """Have stages 1 and 2 gather their parameters ``allgather_bucket_size`` elements at a time.
 
-    DeepSpeed does where the backend cannot gather into one tensor. Gloo can, by way of a second
-    copy of the whole model: on CPUs pieces that fit the cache take a third of the time.
+    DeepSpeed does where the backend cannot gather into one tensor. Gloo can, but by way of a second
+    copy of the whole model, where pieces stay in a CPU's cache.
     """
     from deepspeed.comm import comm
 

@@ -12,10 +12,11 @@ from benchmarks.training.sides import Probe
 KINDS: Mapping[str, tuple[str, ...]] = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     "attention": ("aten::_scaled_dot_product",),
-    "exchange": ("c10d::", "gloo:", "record_param_comms"),
+    "exchange": ("c10d::", "gloo:", "record_param_comms", "torch::autograd::AccumulateGrad"),
     "optimiser": ("aten::_fused_adamw", "aten::_foreach"),
 }
-"""By the beginnings of torch's operator names; what has none of them is ``elementwise``."""
+"""By the beginnings of torch's operator names; what has none of them is ``other``. DeepSpeed
+reduces gradients in hooks of what accumulates them."""
 SHAPES = ((576, 576), (1536, 576), (576, 1536))
 """Outputs and inputs of SmolLM2's linear layers."""
 LONGEST = 20
@@ -46,7 +47,7 @@ class Profiler(Probe):
 
     def found(self, last_step_s: float) -> dict[str, Any]:
         """Return the seconds of each kind, and what products give with all ranks busy."""
-        seconds = dict.fromkeys([*KINDS, "elementwise"], 0.0)
+        seconds = dict.fromkeys([*KINDS, "other"], 0.0)
         for event in self._profile.key_averages():
             seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
         seconds["waiting"] = last_step_s - sum(seconds.values())
@@ -58,9 +59,7 @@ class Profiler(Probe):
 
 def kind_of(operator: str) -> str:
     """Return what an operator's time counts as."""
-    return next(
-        (kind for kind, names in KINDS.items() if operator.startswith(names)), "elementwise"
-    )
+    return next((kind for kind, names in KINDS.items() if operator.startswith(names)), "other")
 
 
 def products_gflop_per_s() -> float:

@@ -17,6 +17,7 @@ from tests.parity.engine_fixtures import VOCAB, save_tiny
 from tests.parity.training_fixtures import (
     Failed,
     Ranks,
+    assert_same_curve,
     base,
     dataset,
     documents,
@@ -48,13 +49,6 @@ def reference(one: Ranks, base: Path, data: Dataset) -> dict[str, Any]:
     [outcome] = one.run(work.curve, base, fields, data)
     assert len(set(outcome["loss"])) == 12  # it moves
     return outcome
-
-
-def assert_same_curve(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
-    np.testing.assert_allclose(found["norm"], expected["norm"], rtol=1e-4)
-    for name, value in expected["parameters"].items():
-        np.testing.assert_allclose(found["parameters"][name], value, atol=2e-4, err_msg=name)
 
 
 @pytest.mark.parametrize(("zero", "micro"), [(0, 1), (1, 1), (2, 1), (2, 2), (3, 1), (3, 2)])

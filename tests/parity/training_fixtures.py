@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.parity.engine_fixtures import VOCAB, save_tiny
@@ -120,3 +121,11 @@ def dataset(made: list[Document], max_len: int = 64) -> Dataset:
     rows = pack([len(document.ids) for document in made], max_len)
     packed = tuple(tuple(Example((made[n],)) for n in row) for row in rows)
     return Dataset(packed, max_len, 0, "0" * 64)
+
+
+def assert_same_curve(found: dict[str, Any], expected: dict[str, Any], norm: float = 1e-4) -> None:
+    """Losses, gradient norms (within ``norm``) and the parameters in the end are the same."""
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+    np.testing.assert_allclose(found["norm"], expected["norm"], rtol=norm)
+    for name, value in expected["parameters"].items():
+        np.testing.assert_allclose(found["parameters"][name], value, atol=2e-4, err_msg=name)

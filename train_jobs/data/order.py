@@ -105,7 +105,7 @@ class Order:
         assert len(seats) % stride == 0, "the configuration checks that the batch divides"
         if self.work is not None:
             return [
-                there_and_back(seats[start : start + stride], rank, world)
+                snake(seats[start : start + stride], rank, world)
                 for start in range(0, len(seats), stride)
             ]
         starts = range(rank * micro, len(seats), stride)
@@ -137,7 +137,7 @@ class Order:
         return self._epochs[epoch]
 
 
-def there_and_back(seats: Sequence[Seat | None], rank: int, world: int) -> tuple[Seat | None, ...]:
-    """Return one rank's share of seats in falling order of work: 0, 1, 2, 2, 1, 0, 0, 1 ..."""
+def snake(seats: Sequence[Seat | None], rank: int, world: int) -> tuple[Seat | None, ...]:
+    """Return a rank's share of seats in falling order of work, dealt to 0, 1, 2, 2, 1, 0, 0 ..."""
     rounds = range(len(seats) // world)
     return tuple(seats[n * world + (world - 1 - rank if n % 2 else rank)] for n in rounds)

@@ -138,6 +138,13 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return length if length >= MIN_PREFIX else 0
 
 
+def probe(ranks: int, vocabulary: int) -> tuple[Document, Document]:
+    """Return two documents of which every slice predicts something, the last with a place over."""
+    ids = tuple(at % vocabulary for at in range(3, 4 * ranks + 2))
+    trained = (True,) * len(ids)
+    return Document("", ids[:3], trained[:3]), Document("", ids[3:], trained[3:])
+
+
 def share_sequences(model: Any, team: Team | None) -> None:
     """Prove that a model with packed attention computes the same from slices; a collective.
 
@@ -151,11 +158,8 @@ def share_sequences(model: Any, team: Team | None) -> None:
         return
     heads = model.config.get_text_config().num_attention_heads
     check_heads({"num_attention_heads": heads}, team.size)
-    entries, count = model.get_input_embeddings().num_embeddings, 4 * team.size + 1
-    ids = [at % entries for at in range(3, 3 + count)]
-    trained = (True,) * count
-    made = [Document("", tuple(ids[:3]), trained[:3]), Document("", tuple(ids[3:]), trained[3:])]
-    whole = pack_documents(made, model.get_input_embeddings().weight.device)
+    embedding = model.get_input_embeddings()
+    whole = pack_documents(probe(team.size, embedding.num_embeddings), embedding.weight.device)
     part = whole.slice_of(team)
     here_K = whole.predicts_K // part.ids_1T.shape[1] == team.rank
     training = model.training

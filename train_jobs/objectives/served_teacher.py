@@ -6,6 +6,7 @@ Shapes: K places of a micro-batch, C of them in one block, k tokens that the tea
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -51,9 +52,11 @@ class ServedDistilled(Taught):
             try:
                 now = self._sampler.ask([PROBE])[0].version
                 if not path.exists():
-                    path.write_text(json.dumps({"version": now}) + "\n")
+                    staged = path.with_suffix(".staged")
+                    staged.write_text(json.dumps({"version": now}) + "\n")
+                    os.replace(staged, path)
                 told = [(str(json.loads(path.read_text())["version"]), "")]
-            except RoundhouseError as error:
+            except (RoundhouseError, OSError) as error:  # the other ranks wait to be told
                 told = [("", str(error))]
         dist.broadcast_object_list(told)
         self._version, problem = told[0]
