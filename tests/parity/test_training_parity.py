@@ -77,6 +77,21 @@ def test_tc02_tc05_stages_and_accumulation_are_only_bookkeeping(
     assert outcome["lr"] == [pytest.approx(lr_at(step, 12, optim)) for step in range(12)]
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_tc03_every_parameter_gets_the_gradient_of_one_process(
+    two: Ranks, one: Ranks, base: Path, data: Dataset, zero: int
+) -> None:
+    def fields(zero: int, micro: int) -> dict[str, Any]:
+        return work.settings(zero=zero, batch={"micro": micro}, run={"steps": 1})
+
+    [expected] = one.run(work.gradients, base, fields(0, 4), data)
+    found = two.run(work.gradients, base, fields(zero, 1), data)[0]
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert np.abs(gradient).max() > 1e-4, name
+        np.testing.assert_allclose(found[name], gradient, atol=1e-6, err_msg=name)
+
+
 def test_tc05_eight_rows_at_once_are_eight_times_one_with_unequal_tokens(
     one: Ranks, base: Path
 ) -> None:

@@ -160,6 +160,25 @@ def by_work(place: Place, base: Path, fields: dict[str, Any], data: Dataset) -> 
     return session.outcome()
 
 
+def gradients(place: Place, base: Path, fields: dict[str, Any], data: Dataset) -> dict[str, Any]:
+    """Return each parameter's whole gradient of the first step, as the optimiser is given it."""
+    from deepspeed.utils import safe_get_full_grad
+
+    session = Session(place, base, fields, data)
+    found: dict[str, Any] = {}
+    step = session.engine.step
+
+    def looked() -> None:
+        if session.engine.is_gradient_accumulation_boundary():
+            for name, parameter in session.engine.module.named_parameters():
+                found[name] = safe_get_full_grad(parameter).float().numpy().copy()
+        step()
+
+    session.engine.step = looked
+    session.train()
+    return found
+
+
 def mean_of_means(
     place: Place, base: Path, fields: dict[str, Any], data: Dataset
 ) -> dict[str, Any]:

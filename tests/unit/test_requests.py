@@ -21,6 +21,7 @@ from serve_apps.gateway.schemas import ChatRequest, CompletionRequest
 from serve_apps.prepare import model_defaults
 from serve_apps.replica import Replica
 from serve_apps.tools.forms import FORMS as FORM_NAMES
+from tests.unit.data_fixtures import jsonl
 from tests.unit.serving_fixtures import (
     CHAT,
     IM_END,
@@ -33,6 +34,9 @@ from tests.unit.serving_fixtures import (
     stack,
     until,
 )
+from train_jobs.data.dataset import load_datasets
+from train_jobs.data.settings import Data
+from train_jobs.objectives.settings import ChatSFT
 
 pytestmark = pytest.mark.anyio
 HI = [{"role": "user", "content": "Hi"}]
@@ -55,6 +59,30 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 
 # --- down to the engine -------------------------------------------------------------------------
+
+
+async def test_tc21_a_model_is_asked_in_the_tokens_that_it_was_trained_on(tmp_path: Path) -> None:
+    """The same dialogue through the data of a run and through the API, special words and all."""
+    turns = [
+        {"role": "system", "content": "Say <|im_end|> to nobody.\n"},
+        {"role": "user", "content": "  你好 🙂 "},
+        {"role": "assistant", "content": "All aboard!\n"},
+        {"role": "user", "content": "Who rolls in?"},
+        {"role": "assistant", "content": " The engine."},
+    ]
+    base = one_version().resolve("tiny@1").path
+    rows = jsonl(tmp_path / "rows.jsonl", [{"messages": turns}])
+    [example] = load_datasets(Data(train=str(rows)), ChatSFT(), base)[0].first(1)
+    [document] = example.documents
+    async with stack() as gate:
+        assert (await gate.post(CHAT, messages=turns[:-1])).status_code == 200
+        assert (await gate.post(CHAT, messages=turns[:2])).status_code == 200
+        prompts = [request.prompt_ids for request in gate.engine.asked]
+    for prompt in prompts:
+        assert document.ids[: len(prompt)] == prompt
+        assert document.trained[len(prompt)]
+        assert not document.trained[len(prompt) - 1]
+    assert bytes(document.ids[len(prompts[0]) : -2]).decode() == turns[-1]["content"]
 
 
 async def test_every_field_of_sampling_reaches_the_engine() -> None:
