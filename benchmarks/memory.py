@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,9 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.env import ROOT
 from benchmarks.harness import (
-    REPLY,
     START_S,
     ClientLoad,
     Target,
@@ -37,6 +34,7 @@ from benchmarks.harness import (
     reply,
 )
 from benchmarks.training.cases import ALPACA, DEMO, dialogues
+from benchmarks.training.ranks import run_ranks
 
 STEPS = 8
 """The optimiser's state is there from the second step on."""
@@ -164,39 +162,11 @@ def resident(field: str) -> int:
 
 def measure(home: Path, model: str, case: Case) -> dict[str, Any]:
     """Run all ranks of one case; RuntimeError with their last words when one fails."""
-    from train_jobs.group import free_address
-
     run = home / "runs" / f"{model}-{case}"
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(case.fields(model, home / f"{model}.jsonl")))
-    address = free_address()
-    env = os.environ | {"ROUNDHOUSE_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.memory", "--run", str(run)]
-            + ["--place", f"{address}/{rank}"],
-            cwd=ROOT,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(case.ranks)
-    ]
-    try:
-        said = [rank.communicate(timeout=START_S)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    told = [
-        json.loads(line.removeprefix(REPLY))
-        for text in said
-        for line in text.splitlines()
-        if line.startswith(REPLY)
-    ]
-    if len(told) < case.ranks:
-        raise RuntimeError(f"{model} {case} gave no result:\n" + "\n".join(said)[-3000:])
+    env = {"ROUNDHOUSE_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    told = run_ranks("benchmarks.memory", ["--run", str(run)], case.ranks, env, START_S)
     return {**told[0], "bytes": max(one["peak"] - one["baseline"] for one in told)}
 
 

@@ -20,19 +20,15 @@ memory with 150,000 entries.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.env import ROOT
 from benchmarks.harness import (
-    REPLY,
     START_S,
     ClientLoad,
     Target,
@@ -45,9 +41,12 @@ from benchmarks.harness import (
     reply,
 )
 from benchmarks.training.cases import CASES, RANKS, prepare
+from benchmarks.training.ranks import run_ranks
 from benchmarks.training.sides import DDP_BF16, DEEPSPEED, OURS, RUNS, SIDES
 
 WARM, MEASURED = 2, 3
+MEASURED_OF_ALPACA = 8
+"""How much the Trainer pads is luck, and evens out over some steps."""
 STEP_S = 600.0
 TARGETS = {
     "vs_hf_deepspeed_alpaca": Target(at_least=2.5),
@@ -64,42 +63,19 @@ def be_rank(args: argparse.Namespace) -> int:
     """Be one rank of one side: ``HOST:PORT/RANK`` in ``--place``."""
     address, _, rank = args.place.rpartition("/")
     home = Path(os.environ["ROUNDHOUSE_HOME"])
-    told = RUNS[args.side](home, address, int(rank), *steps_of(args.side))
+    told = RUNS[args.side](home, address, int(rank), *map(int, args.steps.split(",")))
     if int(rank) == 0:
         reply(told)
     return 0
 
 
-def measure(side: str, home: Path, threads: int) -> dict[str, Any]:
+def measure(side: str, home: Path, threads: int, case: str) -> dict[str, Any]:
     """Run all ranks of one side once; RuntimeError with its last words when one fails."""
-    from train_jobs.group import free_address
-
-    address = free_address()
-    env = os.environ | {"ROUNDHOUSE_HOME": str(home), "OMP_NUM_THREADS": str(threads // RANKS or 1)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.train", "--side", side]
-            + ["--place", f"{address}/{rank}"],
-            cwd=ROOT,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        bound = START_S + STEP_S * sum(steps_of(side))
-        said = [rank.communicate(timeout=bound)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    for line in said[0].splitlines():
-        if line.startswith(REPLY):
-            told: dict[str, Any] = json.loads(line.removeprefix(REPLY))
-            return told
-    raise RuntimeError(f"{side} gave no result:\n" + "\n".join(said)[-3000:])
+    warm, measured = steps_of(side, case)
+    env = {"ROUNDHOUSE_HOME": str(home), "OMP_NUM_THREADS": str(threads // RANKS or 1)}
+    options = ["--side", side, "--steps", f"{warm},{measured}"]
+    bound_s = START_S + STEP_S * (warm + measured)
+    return run_ranks("benchmarks.train", options, RANKS, env, bound_s)[0]
 
 
 def parse() -> argparse.Namespace:
@@ -109,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sides", type=names_of([*SIDES]), default=[*SIDES], metavar="A,B")
     parser.add_argument("--data", type=Path, metavar="FILE", help="other dialogues for alpaca")
     parser.add_argument("--place", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -127,10 +104,10 @@ def main() -> int:
         wanted = [*SIDES] if case == "alpaca" else [OURS, equal]
         sides = [side for side in wanted if side in args.sides]
         with tempfile.TemporaryDirectory(prefix="rh-bench-") as scratch:
-            shapes[case] = prepare(case, Path(scratch), model, args.data, WARM + MEASURED)
+            shapes[case] = prepare(case, Path(scratch), model, args.data, sum(steps_of(OURS, case)))
             for number in range(args.rounds):
                 for side in sides if number % 2 == 0 else reversed(sides):
-                    told = measure(side, Path(scratch), args.threads)
+                    told = measure(side, Path(scratch), args.threads, case)
                     keep(case, told, samples.setdefault(side, {}))
                     engines[side] = told["engine"]
                     said = f"{speed(told):.1f} useful tokens/s, peak {told['peak'] / 2**30:.2f} GiB"
@@ -139,7 +116,9 @@ def main() -> int:
         "model": model_label(model),
         "ranks": RANKS,
         "cases": shapes,
-        "warm_up_and_measured_steps": {side: steps_of(side) for side in args.sides},
+        "warm_up_and_measured_steps": {
+            case: {side: steps_of(side, case) for side in args.sides} for case in args.cases
+        },
         "rounds": args.rounds,
         "engines": engines,
         "equal_precision": equal,
@@ -155,12 +134,14 @@ def equal_precision() -> str:
     return DEEPSPEED if resolve_dtype("auto", "cpu") == "float32" else DDP_BF16
 
 
-def steps_of(side: str) -> tuple[int, int]:
+def steps_of(side: str, case: str) -> tuple[int, int]:
     """Return warm-up and measured steps of a side.
 
     Numbers that the processor has to emulate take minutes a step: one of those says enough.
     """
-    return (0, 1) if side == DDP_BF16 != equal_precision() else (WARM, MEASURED)
+    if side == DDP_BF16 != equal_precision():
+        return 0, 1
+    return WARM, MEASURED_OF_ALPACA if case == "alpaca" else MEASURED
 
 
 def speed(told: Mapping[str, Any]) -> float:

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.harness import ClientLoad, Target, arguments, default_model, finish, model_label
-from benchmarks.train import MEASURED, WARM, measure, speed
+from benchmarks.train import measure, speed, steps_of
 from benchmarks.training.cases import CASES, RANKS, prepare
 from benchmarks.training.sides import PROFILED
 
@@ -31,9 +31,11 @@ def main() -> int:
     model, client = args.model or default_model(), ClientLoad()
     samples: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="rh-bench-") as scratch:
-        shape = prepare(args.case, Path(scratch), model, args.data, WARM + MEASURED)
+        shape = prepare(
+            args.case, Path(scratch), model, args.data, sum(steps_of(PROFILED, args.case))
+        )
         for _ in range(args.rounds):
-            told = measure(PROFILED, Path(scratch), args.threads)
+            told = measure(PROFILED, Path(scratch), args.threads, args.case)
             flop = 6e-9 * told["engine"]["parameters"]
             found = {
                 **{f"{kind}_s": seconds for kind, seconds in told["seconds"].items()},
