@@ -28,12 +28,19 @@ def evaluate(
 
 
 def sureness(
-    objective: Objective, found: Sequence[Outcome], seed: int, draws: int = 200
+    objective: Objective,
+    found: Sequence[Outcome],
+    seed: int,
+    draws: int = 200,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, Figure]:
-    """Return the figures of some outcomes with their bootstrap intervals."""
+    """Return the figures of some outcomes with their bootstrap intervals.
+
+    ``beat`` is called before each resample: all of them may take longer than a rank may be silent.
+    """
     from train_jobs.metrics.bootstrap import intervals
 
-    told = intervals(found, objective.score, draws, seed=seed) if found else {}
+    told = intervals(found, objective.score, draws, seed=seed, beat=beat) if found else {}
     return {n: Figure(value=one.value, low=one.low, high=one.high) for n, one in told.items()}
 
 

@@ -176,13 +176,14 @@ class Fit:
 
         assert self.task.heldout is not None, "the configuration checks it"
         seed = self.task.config.run.seed
-        found = outcomes(
-            self.engine, self.objective, self.task.heldout, self.world, seed,
-            lambda: self.heart.at(self.since.step, "evaluating"),
-        )  # fmt: skip
+
+        def beat() -> None:
+            self.heart.at(self.since.step, "evaluating")
+
+        found = outcomes(self.engine, self.objective, self.task.heldout, self.world, seed, beat)
         figures = self.objective.score(found)
         if when == "after" and self.world.rank == 0:
-            self.intervals = sureness(self.objective, found, seed)
+            self.intervals = sureness(self.objective, found, seed, beat=beat)
         self.world.report({"event": "evaluated", "when": when, **figures})
         return figures
 

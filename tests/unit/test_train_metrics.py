@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from train_jobs.metrics import classes, numbers, tags, texts
 from train_jobs.metrics.bootstrap import Difference, differences, intervals
+from train_jobs.metrics.sums import Sums
 
 SAID = [
     "the cat sat on the mat",
@@ -57,6 +62,57 @@ def test_rouge_l_is_rouge_scores() -> None:
     assert texts.rouge_l(SAID[:3], MEANT[:3]) == pytest.approx(0.8968253968253969)
     assert texts.rouge_l(["A-b c"], ["a b, C."]) == 1
     assert texts.rouge_l([""], ["a"]) == 0
+
+
+def subsequence(one: str, other: str) -> int:
+    """As it is defined."""
+    if not one or not other:
+        return 0
+    if one[0] == other[0]:
+        return 1 + subsequence(one[1:], other[1:])
+    return max(subsequence(one[1:], other), subsequence(one, other[1:]))
+
+
+def test_the_longest_common_subsequence_is_what_its_definition_says() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        one, other = ("".join(rng.choices("abc", k=rng.randrange(8))) for _ in range(2))
+        length = subsequence(one, other)
+        found = texts.rouge_l([" ".join(one)], [" ".join(other)])
+        assert found == pytest.approx(2 * length / max(1, len(one) + len(other))), (one, other)
+
+
+@given(st.lists(st.tuples(*[st.text("ab c.", max_size=12)] * 2), min_size=1, max_size=6))
+def test_counts_that_are_added_up_give_the_figures_of_the_whole(pairs: list[Any]) -> None:
+    said, meant = zip(*pairs, strict=True)
+    found = Sums(lambda pair: texts.counts(*pair), texts.figures)(pairs)
+    for name in ("exact_match", "bleu", "chrf", "rouge_l"):
+        assert found[name] == pytest.approx(getattr(texts, name)(said, meant)), name
+
+
+def test_resamples_of_counted_texts_are_those_scored_anew_and_count_each_text_once() -> None:
+    counted: list[object] = []
+
+    def counts(pair: tuple[str, str]) -> list[float]:
+        counted.append(pair)
+        return texts.counts(*pair)
+
+    def anew(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+        said, meant = zip(*pairs, strict=True)
+        figures = (texts.exact_match, texts.bleu, texts.chrf, texts.rouge_l)
+        return {figure.__name__: figure(said, meant) for figure in figures}
+
+    ours = list(zip(SAID, MEANT, strict=True))
+    theirs = list(zip(SAID[::-1], MEANT, strict=True))
+    sums, beats = Sums(counts, texts.figures), list[int]()
+    found = intervals(ours, sums, draws=50, beat=lambda: beats.append(1))
+    assert len(counted) == 2 * len(ours), "once for the figures, once for all resamples"
+    assert len(beats) == len(ours) + 50
+    for name, one in intervals(ours, anew, draws=50).items():
+        assert astuple(found[name]) == pytest.approx(astuple(one)), name
+    paired = differences(ours, theirs, sums, draws=50)
+    for name, two in differences(ours, theirs, anew, draws=50).items():
+        assert astuple(paired[name]) == pytest.approx(astuple(two)), name
 
 
 def test_exact_match_passes_over_white_space_at_the_ends() -> None:

@@ -19,11 +19,12 @@ from cluster.text.chat import ChatText
 from train_jobs.adapters import inner
 from train_jobs.data.example import Example
 from train_jobs.metrics import texts
+from train_jobs.metrics.sums import Sums
 from train_jobs.objectives.base import Loss
 from train_jobs.objectives.head import Head
 from train_jobs.objectives.padded import Chosen, Padded, Padding, by_owner, load_with_head, padded
 from train_jobs.objectives.settings import Seq2Seq
-from train_jobs.outcome import Outcome, mean_loss
+from train_jobs.outcome import Outcome
 
 
 @dataclass(frozen=True)
@@ -114,21 +115,13 @@ class Translation:
             for row, example in enumerate(examples)
         ]
 
-    def score(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """Return loss and perplexity of the targets, and how near what was generated came.
+    @property
+    def score(self) -> Sums[Outcome]:
+        """Loss and perplexity of the targets, and how near what was generated came.
 
         ``bleu`` and ``chrf`` are 0 to 100, ``rouge_l`` and ``exact_match`` 0 to 1.
         """
-        loss = mean_loss(outcomes)
-        said, meant = [o.said for o in outcomes], [o.meant for o in outcomes]
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "exact_match": texts.exact_match(said, meant),
-            "bleu": texts.bleu(said, meant),
-            "chrf": texts.chrf(said, meant),
-            "rouge_l": texts.rouge_l(said, meant),
-        }
+        return Sums(_counts, _figures)
 
     def _smooth(self, logits_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
         smoothing = self._settings.label_smoothing
@@ -162,3 +155,13 @@ def _hits(logits_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
 
 def _length(example: Example) -> float:
     return float(len(example.documents[1].ids) - 1)
+
+
+def _counts(outcome: Outcome) -> list[float]:
+    return [outcome.loss, outcome.weight, *texts.counts(outcome.said, outcome.meant)]
+
+
+def _figures(sums: Sequence[float]) -> dict[str, float]:
+    total, weight, *rest = sums
+    loss = total / weight if weight else float("nan")
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **texts.figures(rest)}
