@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 MODULES: Mapping[str, str] = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
 """The library of each sink; the extra of the same name installs it."""
 FOLDERS: Mapping[str, str] = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
+STEPS = (None, "resumed")
+"""Records that say which step the run is in. A checkpoint is sealed while later steps run, and the
+best one lies before the last."""
 NO_FIGURES = ("step", "steps", "time", "eta_s")
 
 
@@ -133,6 +137,11 @@ def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def untracked(name: str, error: Exception) -> dict[str, str]:
+    """Return the record that says why a sink was left out."""
+    return {"event": "untracked", "sink": name, "why": f"{type(error).__name__}: {error}"}
+
+
 @dataclass
 class TrackedWorld:
     """A rank's world whose reports go to the sinks as well."""
@@ -154,15 +163,15 @@ class TrackedWorld:
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Report, and tell the sinks what was measured."""
         self.inner.report(metrics)
-        self.step = metrics.get("step", self.step)
+        if metrics.get("event") in STEPS:
+            self.step = metrics.get("step", self.step)
         figures = figures_of(metrics)
         for name, sink in list(self.sinks.items() if figures else ()):
             try:
                 sink.figures(figures, self.step)
             except Exception as error:  # a library's own: see the module
                 del self.sinks[name]
-                why = f"{type(error).__name__}: {error}"
-                self.inner.report({"event": "untracked", "sink": name, "why": why})
+                self.inner.report(untracked(name, error))
 
     def saved(self, checkpoint: Path, metrics: Mapping[str, Any]) -> None:
         """See `World`."""
@@ -193,5 +202,15 @@ def tracked(world: World, run: RunDir, config: FinetuneConfig) -> Iterator[World
             sinks[name] = open_sink(name, run, config)
         yield TrackedWorld(world, sinks)
     finally:
-        for sink in sinks.values():
-            sink.close()
+        for opened, sink in sinks.items():
+            _close(world, opened, sink)
+
+
+def _close(world: World, name: str, sink: Sink) -> None:
+    try:
+        sink.close()
+    except Exception as error:  # a library's own; the run has published by now
+        told = untracked(name, error)
+        sys.stderr.write(f"track: {name}: it was not closed ({told['why']})\n")
+        with suppress(OSError):  # it is on the log: a full disk takes no record either
+            world.report(told)

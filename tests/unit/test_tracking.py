@@ -49,6 +49,42 @@ def test_records_become_figures_of_their_step(tmp_path: Path) -> None:
     assert figures_of({"event": "checkpoint", "step": 4}) == {}
 
 
+def test_a_step_is_told_by_steps_and_by_a_run_that_goes_on_alone(tmp_path: Path) -> None:
+    sink = Memory()
+    world = TrackedWorld(PlainWorld(0, 1, RunDir(tmp_path)), {"memory": sink})
+    world.report({"event": "resumed", "step": 2})
+    world.report({"event": "evaluated", "when": "step 2", "loss": 3.0})
+    world.report({"step": 6, "steps": 9, "loss": 1.5})
+    world.report({"event": "checkpoint", "step": 4})  # sealed two steps later
+    world.report({"event": "evaluated", "when": "step 6", "loss": 2.0})
+    world.report({"event": "best", "step": 4})
+    world.report({"event": "evaluated", "when": "after", "loss": 1.0})
+    assert [step for _, step in sink.seen] == [2, 6, 6, 6]
+
+
+def test_a_sink_that_cannot_be_closed_fails_no_run_and_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(Memory):
+        def close(self) -> None:
+            raise OSError("disk full")
+
+    made = {"tensorboard": Full(), "mlflow": Memory()}
+    monkeypatch.setattr(tracking, "open_sink", lambda name, run, config: made[name])
+    run = RunDir(tmp_path)
+    with tracked(PlainWorld(0, 1, run), run, config("tensorboard", "mlflow")) as world:
+        world.report({"step": 1, "loss": 1.0})
+    assert made["mlflow"].closed, "each is closed, whatever the others do"
+    [told] = [record for record, _ in run.read_metrics() if record.get("event") == "untracked"]
+    assert (told["sink"], told["why"]) == ("tensorboard", "OSError: disk full")
+    assert "tensorboard: it was not closed (OSError: disk full)" in capsys.readouterr().err
+    with (
+        pytest.raises(KeyError),
+        tracked(PlainWorld(0, 1, run), run, config("tensorboard")),
+    ):
+        raise KeyError
+
+
 def test_a_sink_that_breaks_is_dropped_and_the_run_goes_on(tmp_path: Path) -> None:
     run, sound, broken = RunDir(tmp_path), Memory(), Memory(breaks_at=2)
     world = TrackedWorld(PlainWorld(0, 1, run), {"broken": broken, "sound": sound})
