@@ -24,6 +24,7 @@ from typing import IO, Any
 
 from cluster.errors import JobError
 from train_jobs.runs import RunDir
+from train_jobs.watch import clear
 
 LOOK_S = 1.0
 WRITER_S = 60.0
@@ -54,7 +55,8 @@ def name_of(run: RunDir, number: int) -> str:
 def begin(run: RunDir, submission: Callable[[str], str | None]) -> Attempt:
     """Write the next attempt down; ``submission`` turns its name into Ray's id for it.
 
-    The result of the attempt before is put aside, and a request to stop is forgotten.
+    The result of the attempt before is put aside; what ended it, and a request to stop, are
+    forgotten.
     """
     folder = run.path / "attempts"
     folder.mkdir(exist_ok=True)
@@ -71,6 +73,7 @@ def begin(run: RunDir, submission: Callable[[str], str | None]) -> Attempt:
     if run.result.exists():
         os.replace(run.result, folder / f"{number - 1}.result")
     run.stop.unlink(missing_ok=True)
+    clear(run.pulses)
     return attempt
 
 

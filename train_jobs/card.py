@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cluster.library.evaluations import Figure, told
+from train_jobs.data.settings import HUB
 
 if TYPE_CHECKING:
     from cluster.library.manifest import Facts
@@ -75,7 +76,7 @@ def _data(task: Task, facts: Facts) -> str:
     if task.heldout:
         rows.append(_counts("held out", task.heldout))
     hashes = facts.lineage.data_hashes if facts.lineage else {}
-    files = [f"- `{Path(name).name}`: SHA-256 `{value}`" for name, value in hashes.items()]
+    files = [f"- `{_named(name)}`: SHA-256 `{value}`" for name, value in hashes.items()]
     return "\n".join([*rows, "", *files])
 
 
@@ -102,8 +103,13 @@ def _configuration(task: Task) -> str:
     said = task.config.model_dump(mode="json", exclude_defaults=True)
     for sources in ("train", "heldout"):
         for source in said.get("data", {}).get(sources) or ():
-            source["path"] = Path(source["path"]).name
+            source["path"] = _named(source["path"])
     return yaml.safe_dump(said, sort_keys=False)
+
+
+def _named(path: str) -> str:
+    """Return a file by its name alone, and a hub's data set by its whole one."""
+    return path if path.startswith(HUB) else Path(path).name
 
 
 def _limits(task: Task) -> str:

@@ -38,8 +38,13 @@ from train_jobs.progress import Progress
 from train_jobs.standing import Standing
 
 STATE, META, MANIFEST, COMPLETE = "state", "meta.json", "manifest.json", "COMPLETE"
-RESIZED = ("run.workers", "run.min_workers")
-"""What may differ from the configuration that a checkpoint was written with."""
+FREE = (
+    *("run.workers", "run.min_workers", "run.resize_s", "run.num_cpus", "run.threads"),
+    *("run.save_every", "run.keep", "run.max_failures", "run.timeout_s", "run.stall_s"),
+    *("run.diverge", "publish", "track", "tune"),
+)
+"""What may differ from the configuration that a checkpoint was written with: where a run works, how
+it is watched, and what becomes of its result. What decides what a step learns may not."""
 
 
 @dataclass(frozen=True)
@@ -76,22 +81,19 @@ def write(engine: Any, folder: Path, step: int, world: World, adapter: bool = Fa
     import torch.distributed as dist
 
     staged = folder / f".{name_of(step)}.partial"
-    with refused(engine) as problems:
-        if world.rank == 0:
-            try:
-                shutil.rmtree(staged, ignore_errors=True)
-                (staged / STATE).mkdir(parents=True)
-            except OSError as error:
-                problems.append(f"{staged}: {error.strerror}")
-        dist.barrier()
-        engine.save_checkpoint(
-            str(staged),
-            tag=STATE,
-            # Without this key a ZeRO-2 checkpoint cannot be converted to another world size later
-            client_state={"roundhouse": {"step": step}, "universal_checkpoint_info": {}},
-            save_latest=False,
-            exclude_frozen_parameters=adapter,
-        )
+    made: list[str | None] = [_make(staged) if world.rank == 0 else None]
+    dist.broadcast_object_list(made)
+    problems = [] if made[0] is None else [made[0]]
+    if not problems:
+        with refused(engine) as problems:
+            engine.save_checkpoint(
+                str(staged),
+                tag=STATE,
+                # Without it a ZeRO-2 checkpoint cannot be converted to another world size later
+                client_state={"roundhouse": {"step": step}, "universal_checkpoint_info": {}},
+                save_latest=False,
+                exclude_frozen_parameters=adapter,
+            )
     every: list[list[str]] = [[] for _ in range(world.size)]
     dist.all_gather_object(every, problems)
     bad = next(((rank, told[0]) for rank, told in enumerate(every) if told), None)
@@ -103,6 +105,16 @@ def write(engine: Any, folder: Path, step: int, world: World, adapter: bool = Fa
         dist.broadcast_object_list(words)
         raise JobError(words[0])
     return staged
+
+
+def _make(staged: Path) -> str | None:
+    """Make the folder of a checkpoint; returns why that is not possible."""
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        (staged / STATE).mkdir(parents=True)
+    except OSError as error:
+        return f"{staged}: {error.strerror}"
+    return None
 
 
 @contextmanager
@@ -259,17 +271,22 @@ def read_meta(path: Path) -> Meta:
 
 
 def check(path: Path, meta: Meta, config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that this run cannot go on from; the number of ranks may differ.
+    """Refuse a checkpoint that this run cannot go on from; what is in `FREE` may differ.
 
     Raises:
         JobError: the configuration was changed since; the message names the fields.
     """
     changed = differences(_as_read_today(meta.config), config)
-    if changed := [told for told in changed if told.partition(" was ")[0] not in RESIZED]:
+    if changed := [told for told in changed if not is_free(told.partition(" was ")[0])]:
         raise JobError(
             f"{path} was written with another configuration: {'; '.join(changed)}; put the old "
             "values back into the run's config.json, or start a new run"
         )
+
+
+def is_free(field: str) -> bool:
+    """Return whether a field of the configuration may change in the middle of a run."""
+    return any(field == free or field.startswith(f"{free}.") for free in FREE)
 
 
 def _as_read_today(old: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -10,15 +10,20 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
 from cluster.config import Frozen
+from cluster.library.ref import NAME
 from train_jobs.adaptation import Adapter, LoRA, Offload, check_offload
 from train_jobs.data.settings import Data
 from train_jobs.objectives.settings import GRPO, ChatSFT, Distillation, Objective
 from train_jobs.search import Tune
 from train_jobs.supervision import Best, Diverge, EarlyStop, check_batch, read_workers
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optim(Frozen):
@@ -28,7 +33,8 @@ class Optim(Frozen):
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     weight_decay: NonNegativeFloat = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """Of the running means of gradients and of their squares: 0 forgets at once."""
     clip: NonNegativeFloat = 1.0
     """Global gradient norm; 0 switches clipping off."""
 
@@ -99,6 +105,16 @@ class Publish(Frozen):
     """The weights of the last step, or of the checkpoint that ``run.best`` found best."""
     hold: bool = False
     """Leave the model in the run's folder instead, as a search does with its trials'."""
+
+    @field_validator("name")
+    @classmethod
+    def _can_be_published(cls, name: str | None) -> str | None:
+        if name is not None and not NAME.fullmatch(name):
+            raise ValueError(
+                f"{name!r:.80} is no name of a library entry: 1 to 64 of a-z 0-9 . _ - and a "
+                "letter or digit first, as in my-model; the library counts its versions"
+            )
+        return name
 
 
 class FinetuneConfig(Frozen):

@@ -62,6 +62,10 @@ def _run(args: argparse.Namespace) -> int:
         return execute(run, config, args.local is not None, resume=True)
     local = [f"run.workers={args.local}"] if args.local else []
     config = resolve(args.config, [*args.overrides, *local])
+    if args.local is None and not args.dry_run:
+        from train_jobs.launch import join_cluster
+
+        join_cluster()  # so that many rows are tokenised by its tasks
     task = Task.load(config)
     if args.dry_run:
         from train_jobs.verbs import find_cluster, rehearse
@@ -77,9 +81,12 @@ def _run(args: argparse.Namespace) -> int:
 def execute(run: RunDir, config: FinetuneConfig, local: bool, resume: bool) -> int:
     """Drive the run from this process until it ends; returns 0."""
     from train_jobs import attempts
+    from train_jobs.resume import store
 
     offset = run.metrics_end()
     with attempts.claim(run):
+        if resume:
+            store(run, config)
         if local:
             from train_jobs.follow import follow
             from train_jobs.local import LocalRanks

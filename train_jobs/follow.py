@@ -15,7 +15,7 @@ from train_jobs.runs import RunDir
 State = Literal["waiting", "running", "succeeded", "failed"]
 POLL_S = 0.25
 FIRST_WORD_S = 300.0
-"""From the start of the processes to the first line of metrics: imports and the model's load."""
+"""From the start of the processes until all ranks have met: mostly imports."""
 STOP_S = 120.0
 """From Ctrl-C to the end of the step it was in, and its checkpoint."""
 
@@ -59,7 +59,7 @@ def follow(run: RunDir, job: Job, offset: int = 0) -> int:
         why = job.why()
         told = f"{told}\n{why}" if told and told not in why else why
         if not attempts.is_driven_elsewhere(run):
-            run.finish({"status": "failed", "error": told})
+            run.fail(told)
         raise JobError(told + way_on(run))
     if stopped:
         raise JobError(
@@ -113,7 +113,7 @@ def _watch(run: RunDir, job: Job, show: Show, limit_s: float | None, offset: int
         if not heard and running_since is not None and now - running_since > FIRST_WORD_S:
             job.kill()
             raise JobError(
-                f"run {run.id}: no rank was ready within {FIRST_WORD_S:.0f} s; the job was ended. "
+                f"run {run.id}: the ranks did not meet within {FIRST_WORD_S:.0f} s; it was ended. "
                 f"{job.why()}"
             )
         time.sleep(POLL_S)
@@ -135,7 +135,7 @@ def _stop(run: RunDir, job: Job, show: Show) -> None:
             raise
         job.kill()
     if run.read_result() is None:
-        run.finish({"status": "failed", "error": f"run {run.id} was interrupted"})
+        run.fail(f"run {run.id} was interrupted")
 
 
 @contextmanager
@@ -182,6 +182,8 @@ def line(record: Mapping[str, Any]) -> str:
                 f"{record['rows']} rows, {record['tokens']} tokens ({record['trained_tokens']} "
                 f"trained), {record['steps']} steps"
             )
+        case "met":
+            return f"{record['world']} ranks have met, and load model and rows"
         case "reference":
             return f"the base is asked about {record['documents']} answers first, as the reference"
         case "evaluated":

@@ -125,7 +125,7 @@ def end(run: RunDir, cluster: Cluster | None) -> None:
             raise JobError(f"{attempts.still_running(run)}; it was asked to end {END_S:.0f} s ago")
         time.sleep(POLL_S)
     if run.read_result() is None:
-        run.finish({"status": "failed", "error": f"run {run.id} was ended by force"})
+        run.fail(f"run {run.id} was ended by force")
 
 
 def _ended(run: RunDir) -> str:

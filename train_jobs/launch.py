@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from cluster import console
 from cluster.errors import JobError, NotEnough, RoundhouseError
 from cluster.resources import Demand
 from cluster.session import IN_JOB, connect
@@ -24,9 +25,11 @@ from train_jobs.attempts import Attempt
 from train_jobs.config import FinetuneConfig
 from train_jobs.plan import demand
 from train_jobs.runs import RunDir
-from train_jobs.watch import ended
+from train_jobs.watch import ended, wrong
 from train_jobs.worker import train
 
+TELL_S = 1.0
+"""Between two looks at what the ranks have written."""
 ROOM_S = 30.0
 """How long a job waits for CPUs that another is just giving back."""
 
@@ -54,17 +57,50 @@ def launch(run: RunDir, config: FinetuneConfig, attempt: Attempt, resume: bool) 
         JobError: a rank failed; ``result.json`` says the same.
     """
     try:
-        _fit(run, config, attempt.name(run), resume)
+        with telling(run):
+            _fit(run, config, attempt.name(run), resume)
     except RoundhouseError as error:
-        run.finish({"status": "failed", "error": str(error)})
+        run.fail(str(error))
         raise
     return 0
 
 
-def _fit(run: RunDir, config: FinetuneConfig, name: str, resume: bool) -> None:
+@contextmanager
+def telling(run: RunDir) -> Iterator[None]:
+    """Meanwhile print what happens, a line each, for ``ray job logs`` and ``jobs logs``."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a trial of a search, of which there are many
+        return
+    from train_jobs.follow import line
+
+    over, offset = threading.Event(), run.metrics_end()
+
+    def tell() -> None:
+        at, last = offset, False
+        while not last:
+            last = over.wait(TELL_S)
+            for record, end in run.read_metrics(at):
+                console.out(line(record))
+                at = end
+
+    thread = threading.Thread(target=tell, name="telling", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(10 * TELL_S)
+
+
+def join_cluster() -> None:
+    """Make this process a driver of the cluster; a second call does nothing."""
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     connect()
+
+
+def _fit(run: RunDir, config: FinetuneConfig, name: str, resume: bool) -> None:
+    join_cluster()
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -169,6 +205,8 @@ def code_revision() -> str | None:
 
 def cause(run: RunDir, error: Any) -> str:
     """Return one line that names the rank and why it failed."""
+    if found := wrong(run.pulses):
+        return f"run {run.id}: rank {found[0]} failed: {found[1]}"
     if why := ended(run.pulses):
         return f"run {run.id}: {why}"
     failures = getattr(error, "worker_failures", {}) or {}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cluster.package import code_root
 from train_jobs.group import Place, free_address
 from train_jobs.runs import RunDir
+from train_jobs.watch import wrong
 
 if TYPE_CHECKING:
     from train_jobs.follow import State
@@ -66,16 +67,20 @@ class LocalRanks:
         return "failed"
 
     def why(self) -> str:
-        """Return the last words of the rank that failed first."""
+        """Return what a rank found wrong, else the last words of the one that failed first."""
+        if found := wrong(self.run.pulses):
+            number, told = found
+            return f"run {self.run.id}: rank {number} failed: {told}\n{self._whole(number)}"
         number = self._failed or 0
         text = _log(self.run, number).read_text(errors="replace").strip()
         code = self.ranks[number].returncode
         last = text.splitlines()[-1] if text else f"exit code {code}"
         if code is not None and code < 0:
             last = f"it was ended by {signal.Signals(-code).name}, by somebody or for its memory"
-        return (
-            f"run {self.run.id}: rank {number} failed: {last}\nwhole log: {_log(self.run, number)}"
-        )
+        return f"run {self.run.id}: rank {number} failed: {last}\n{self._whole(number)}"
+
+    def _whole(self, number: int) -> str:
+        return f"whole log: {_log(self.run, number)}"
 
     def kill(self) -> None:
         """End what still runs: TERM, then KILL."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import load
-from cluster.errors import JobError
+from cluster.errors import JobError, RoundhouseError
 from train_jobs import attempts, checkpoint
 from train_jobs.config import FinetuneConfig
 from train_jobs.fit import Fit
@@ -16,7 +16,7 @@ from train_jobs.ports import World
 from train_jobs.runs import RunDir
 from train_jobs.task import Task
 from train_jobs.tracking import tracked
-from train_jobs.watch import clear
+from train_jobs.watch import Lost, accuse, clear
 
 
 def run_rank(
@@ -25,7 +25,8 @@ def run_rank(
     """Join the group, train, evaluate, publish; returns the result that rank 0 wrote down.
 
     ``revision`` is the hash of the code package that runs, None outside the cluster. With a whole
-    checkpoint in the run's folder it goes on from there; ``resume`` refuses to do without.
+    checkpoint in the run's folder it goes on from there; ``resume`` refuses to do without. What
+    this rank finds wrong, maybe alone, is written down before the others lose contact with it.
     """
     started = time.monotonic()
     config = load(run.config, FinetuneConfig).at(place.size)
@@ -37,11 +38,17 @@ def run_rank(
         try:
             group.quiet()
             with tracked(world, run, config) as told:
+                told.report({"event": "met", "world": world.size})
                 found = find_checkpoint(run, config, told, resume)
                 task = Task.load(config)
                 if found:
                     checkpoint.check_data(*found, task.hashes)
                 result = _run(task, run, told, device, revision, found, started)
+        except Lost:
+            raise
+        except RoundhouseError as error:
+            accuse(run.pulses, place.rank, str(error))
+            raise
         finally:
             group.leave()
     return result

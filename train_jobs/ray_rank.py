@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import JobError
+from cluster.errors import RoundhouseError
 from train_jobs.group import Place, free_address
 from train_jobs.ports import RayWorld
 from train_jobs.rank import run_rank
 from train_jobs.runs import RunDir
-from train_jobs.watch import Lost
+from train_jobs.watch import Lost, wrong
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
     """Find this worker's place, let rank 0 tell its address, and run.
 
-    What all ranks find alike, a JobError, is returned as the result: Ray Train would take it for
-    a failure that another attempt may mend, and find it again ``run.max_failures`` times.
+    What is wrong with the run is returned as the result, also by ranks that only lost contact with
+    the one that found it: Ray Train would take an exception for a failure that another attempt may
+    mend, and find it again ``run.max_failures`` times.
     """
     import ray.train
     import ray.util
@@ -37,6 +38,10 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     try:
         return run_rank(run, place, RayWorld(rank, size, run), spec["revision"], spec["resume"])
     except Lost:
-        raise
-    except JobError as error:
-        return {"status": "failed", "error": f"run {run.id}: rank {rank} failed: {error}"}
+        found = wrong(run.pulses)
+        if found is None:
+            raise
+    except RoundhouseError as error:
+        found = wrong(run.pulses) or (rank, str(error))
+    who, why = found
+    return {"status": "failed", "error": f"run {run.id}: rank {who} failed: {why}"}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.config import load
+from cluster.config import dump, load
 from cluster.errors import ConfigError, JobError
 from train_jobs import attempts, checkpoint
 from train_jobs.config import FinetuneConfig
@@ -23,11 +24,11 @@ def require_one(config: Path | None, resume: str | None, overrides: Sequence[str
     """Check that a command line says either a file or a run."""
     if (config is None) == (resume is None):
         raise ConfigError("give either CONFIG, to start a run, or --resume RUN, to go on with one")
-    others = [one for one in overrides if one.partition("=")[0] != "run.workers"]
-    if resume and others:
+    fixed = [one for one in overrides if not checkpoint.is_free(one.partition("=")[0])]
+    if resume and fixed:
         raise ConfigError(
-            f"--set {others[0]} with --resume: a run goes on with the configuration that it began "
-            "with, but for run.workers; start a new run to change more"
+            f"--set {fixed[0]} with --resume: a run goes on with the configuration that it began "
+            f"with; only {', '.join(checkpoint.FREE)} may change. Start a new run to change more"
         )
 
 
@@ -52,13 +53,30 @@ def require_resumable(run: RunDir) -> Path:
 
 
 def config_of(run: RunDir, local: int | None, overrides: Sequence[str] = ()) -> FinetuneConfig:
-    """Return the configuration of a run, for another number of ranks where one is asked for.
+    """Return the configuration of a run with what is asked to be other from here on.
 
     Raises:
-        ConfigError: ``batch.total`` does not divide by it.
+        ConfigError: what is asked for cannot be, as a number of ranks that does not divide
+            ``batch.total``.
     """
     asked = [*overrides, *([f"run.workers={local}"] if local else [])]
-    return load(run.config, FinetuneConfig, ["run.min_workers=null", *asked] if asked else [])
+    if any(one.startswith("run.workers=") for one in asked):
+        asked = ["run.min_workers=null", *asked]
+    return load(run.config, FinetuneConfig, asked)
+
+
+def store(run: RunDir, config: FinetuneConfig) -> None:
+    """Write what has changed into the run's folder, where its ranks read it.
+
+    How many ranks there are is a matter of one attempt, and stays as the run began.
+    """
+    begun = load(run.config, FinetuneConfig)
+    ranks = {"workers": begun.run.workers, "min_workers": begun.run.min_workers}
+    kept = config.model_copy(update={"run": config.run.model_copy(update=ranks)})
+    if kept != begun:
+        staged = run.config.with_suffix(".partial")
+        staged.write_text(dump(kept))
+        os.replace(staged, run.config)
 
 
 def require_same_data(path: Path, config: FinetuneConfig) -> None:

@@ -147,6 +147,13 @@ class RunDir:
         staged.write_text(json.dumps({"run": self.id, **result}, indent=2) + "\n")
         os.replace(staged, self.result)
 
+    def fail(self, why: str) -> None:
+        """Write down why the run failed; where there is no room for it, on the standard error."""
+        try:
+            self.finish({"status": "failed", "error": why})
+        except OSError as error:
+            sys.stderr.write(f"{self.result}: {error.strerror}: the run failed: {why}\n")
+
     def read_result(self) -> dict[str, Any] | None:
         """Return ``result.json``, or None while the run has none."""
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -63,6 +64,7 @@ class Saver:
             why = repr(error)
             if isinstance(error, OSError) and error.strerror:
                 why = f"{error.filename or final}: {error.strerror}"
+            shutil.rmtree(staged, ignore_errors=True)  # its room may be what is missing
             self._error = checkpoint.unwritten(self.folder, meta.step, why)
         else:
             self.world.report({"event": "checkpoint", "path": str(final), **metrics})

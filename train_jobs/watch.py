@@ -2,6 +2,7 @@
 
     pulses/0.json       rank 0: its last step, what it is doing, how often it said so
     pulses/ended.json   why the ranks were ended from here
+    pulses/wrong.json   what a rank found wrong with the run, before it left
 
 Ranks wait for each other in collectives, so one that is stuck stops them all, and none of them can
 say which it was: a thread of each rank writes its pulse, and the threads of the first two read
@@ -21,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cluster.errors import JobError
 from train_jobs.supervision import Diverge
@@ -30,7 +32,7 @@ SILENT = 5
 """Pulses that a process which has any CPU time does not miss."""
 READERS = 2
 """The second reads for the case that the first is the one that is stuck."""
-ENDED = "ended.json"
+ENDED, WRONG = "ended.json", "wrong.json"
 FLOOR = 0.5
 """Below this a loss may jump without running away."""
 
@@ -176,23 +178,49 @@ def stalled(who: Sequence[Pulse], stall_s: float) -> str:
 
 def claim(folder: Path, why: str) -> str:
     """Write down why the ranks are ended; the first reason stays, and is returned."""
-    staged = folder / f".{os.getpid()}.partial"
-    staged.write_text(json.dumps({"why": why}))
-    try:
-        os.link(staged, folder / ENDED)
-    except FileExistsError:
-        return ended(folder) or why
-    finally:
-        staged.unlink()
-    return why
+    path = folder / ENDED
+    return why if _write_once(path, {"why": why}) else ended(folder) or why
 
 
 def ended(folder: Path) -> str | None:
     """Return why the ranks were ended, if they were."""
+    told = _read(folder / ENDED)
+    return str(told["why"]) if told else None
+
+
+def accuse(folder: Path, rank: int, why: str) -> None:
+    """Write down what a rank found wrong with the run; the first to find something is kept.
+
+    The others, who only lose contact with it, leave by themselves.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_once(folder / WRONG, {"rank": rank, "why": why})
+
+
+def wrong(folder: Path) -> tuple[int, str] | None:
+    """Return which rank found what to be wrong; another attempt would find it, too."""
+    told = _read(folder / WRONG)
+    return (int(told["rank"]), str(told["why"])) if told else None
+
+
+def _write_once(path: Path, told: dict[str, Any]) -> bool:
+    staged = path.with_name(f".{os.getpid()}.{path.name}")
+    staged.write_text(json.dumps(told))
     try:
-        return str(json.loads((folder / ENDED).read_text())["why"])
+        os.link(staged, path)
+    except FileExistsError:
+        return False
+    finally:
+        staged.unlink()
+    return True
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        told: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    return told
 
 
 def clear(folder: Path) -> None:

@@ -27,6 +27,27 @@ def test_no_two_rows_could_be_one_by_first_fit_bound(lengths: list[int]) -> None
     assert len(pack(lengths, 64)) <= 2 * sum(lengths) / 64 + 1
 
 
+@given(LENGTHS)
+def test_rows_are_those_of_the_definition(lengths: list[int]) -> None:
+    """To the row: a run that goes on counts its steps in them."""
+    order = sorted(range(len(lengths)), key=lambda n: (-lengths[n], n))
+    tight: list[list[int]] = []
+    for number in order:
+        rooms = [(64 - sum(lengths[n] for n in row), at) for at, row in enumerate(tight)]
+        at = min(((free, at) for free, at in rooms if free >= lengths[number]), default=(0, -1))[1]
+        if at < 0:
+            tight.append([])
+        tight[at].append(number)
+    level: list[list[int]] = [[] for _ in tight]
+    for number in order:
+        load, at = min((sum(lengths[n] for n in row), at) for at, row in enumerate(level))
+        if load + lengths[number] > 64:
+            level = tight
+            break
+        level[at].append(number)
+    assert pack(lengths, 64) == sorted(tuple(sorted(row)) for row in level)
+
+
 def test_rows_are_filled_evenly() -> None:
     lengths = [10] * 13
     rows = pack(lengths, 64)

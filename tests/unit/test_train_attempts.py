@@ -10,16 +10,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cluster.config import load
 from cluster.errors import ClusterError, ConfigError, JobError
 from tests.unit.test_train_checkpoint import written
-from train_jobs import attempts, finetune, jobs, jobs_cli, resume
+from train_jobs import attempts, checkpoint, finetune, jobs, jobs_cli, ray_rank, resume
 from train_jobs.config import FinetuneConfig
+from train_jobs.launch import cause
+from train_jobs.progress import START
 from train_jobs.runs import RunDir, every
 from train_jobs.verbs import complete_run
+from train_jobs.watch import Lost, accuse, claim, ended, wrong
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS: dict[str, Any] = {
@@ -148,7 +153,9 @@ def test_an_unknown_run_names_the_newest(run: RunDir) -> None:
         ([], "give either CONFIG"),
         (["a.yaml", "--resume", "x"], "give either CONFIG"),
         (["--resume", "x", "--set", "zero=0"], "--set zero=0 with --resume"),
+        (["--resume", "x", "--set", "run.seed=3"], "--set run.seed=3 with --resume"),
         (["--resume", "x", "--set", "run.workers=1"], "no run 'x'"),
+        (["--resume", "x", "--set", "run.stall_s=900"], "no run 'x'"),
         (["--resume", "x"], "no run 'x'"),
     ],
 )
@@ -157,6 +164,84 @@ def test_what_the_entrypoint_cannot_mean_is_told(
 ) -> None:
     assert finetune.main(arguments) == 1
     assert told in capsys.readouterr().err
+
+
+def test_tc12_what_decides_nothing_that_is_learnt_may_change_and_stays(run: RunDir) -> None:
+    asked = ["run.stall_s=900", "run.diverge=null", "publish.name=other", "run.workers=1"]
+    before = load(run.config, FinetuneConfig)
+    config = resume.config_of(run, None, asked)
+    resume.store(run, config)
+    stored = load(run.config, FinetuneConfig)
+    assert (stored.run.stall_s, stored.run.diverge, stored.publish.name) == (900, None, "other")
+    assert (config.run.workers, stored.run.workers) == (1, before.run.workers)
+    wrote, now = (one.model_dump(mode="json") for one in (before, stored))
+    meta = checkpoint.Meta(START, 2, 2, wrote)
+    checkpoint.check(run.checkpoints, meta, now)
+    now["optim"]["lr"] = 1.0
+    with pytest.raises(JobError, match=r"optim.lr was [^;]*, is 1.0; put"):
+        checkpoint.check(run.checkpoints, meta, now)
+
+
+def test_a_new_attempt_forgets_why_the_one_before_ended(run: RunDir) -> None:
+    run.pulses.mkdir()
+    claim(run.pulses, "no progress")
+    accuse(run.pulses, 1, "a reward broke")
+    accuse(run.pulses, 0, "came later")
+    assert wrong(run.pulses) == (1, "a reward broke")
+    assert cause(run, RuntimeError("lost")) == f"run {run.id}: rank 1 failed: a reward broke"
+    attempts.begin(run, lambda _: None)
+    assert wrong(run.pulses) is ended(run.pulses) is None
+
+
+@pytest.fixture
+def worker(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], Any]:
+    """Return what makes this process rank 0 of two under Ray Train, and its life end so."""
+    place = {"get_world_rank": 0, "get_world_size": 2, "get_local_rank": 0}
+    context = SimpleNamespace(
+        **{name: lambda value=value: value for name, value in place.items()},
+        get_local_world_size=lambda: 2,
+    )
+    parts = {
+        "ray": SimpleNamespace(
+            train=SimpleNamespace(get_context=lambda: context),
+            util=SimpleNamespace(get_node_ip_address=lambda: "127.0.0.1"),
+        ),
+        "ray.train.collective": SimpleNamespace(broadcast_from_rank_zero=lambda told: told),
+    }
+    for name in ("ray", "ray.train", "ray.util", "ray.train.collective"):
+        monkeypatch.setitem(sys.modules, name, parts.get(name, SimpleNamespace()))
+
+    def end(error: Exception) -> Any:
+        def live(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(ray_rank, "run_rank", live)
+        return ray_rank.main({"run": str(run.path), "revision": None, "resume": False})
+
+    return end
+
+
+def test_what_one_rank_finds_wrong_is_the_result_of_all(
+    run: RunDir, worker: Callable[[Exception], Any]
+) -> None:
+    """An exception would be tried again by Ray Train; the one of a rank that is lost should be."""
+    lost = Lost("lost contact with rank 1")
+    with pytest.raises(Lost):
+        worker(lost)
+    told = worker(ConfigError("no reward f"))
+    assert told == {"status": "failed", "error": f"run {run.id}: rank 0 failed: no reward f"}
+    accuse(run.pulses, 1, "a reward broke")
+    told = worker(lost)
+    assert told == {"status": "failed", "error": f"run {run.id}: rank 1 failed: a reward broke"}
+
+
+def test_a_failure_is_told_where_it_cannot_be_written(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.result.with_suffix(".partial").mkdir()
+    run.fail("the loss is nan")
+    assert run.read_result() is None
+    assert "the run failed: the loss is nan" in capsys.readouterr().err
 
 
 def test_tc09_resume_rehearses_with_another_number_of_ranks_too(

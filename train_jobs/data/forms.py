@@ -219,6 +219,7 @@ def _asked(where: str, fields: Fields) -> Record:
     return Asked(where, prompt, tuple(facts))
 
 
+CONVERSATIONS = ("messages", "conversations")
 FIRST = ("text", "sentence", "sentence1", "premise")
 SECOND = ("other", "sentence2", "text_pair", "hypothesis")
 LABEL = ("label", "labels", "score")
@@ -332,8 +333,9 @@ FORMS: dict[str, Form] = {
     ),
     "unpaired": Form(
         Judged,
-        "prompt, completion and label true or false; or conversations and kto_tag",
-        lambda c: ("completion" in c and "label" in c) or "kto_tag" in c,
+        "prompt, completion and label true or false; or messages or conversations, which end with "
+        "the answer, and label or kto_tag",
+        lambda c: (_any(c, ("completion", *CONVERSATIONS)) and "label" in c) or "kto_tag" in c,
         _unpaired,
     ),
     "prompt_completion": Form(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import heapq
 from collections.abc import Sequence
 
 
@@ -32,16 +33,23 @@ def fill_rate(lengths: Sequence[int], rows: int, capacity: int) -> float:
 
 def _best_fit(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> list[list[int]]:
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens free, row), sorted: the first that fits is tightest
+    rooms: list[int] = []  # how much is free anywhere, ascending: the first that fits is tightest
+    having: dict[int, list[int]] = {}  # the rows with so much free, as heaps
     for number in order:
-        at = bisect.bisect_left(room, (lengths[number], -1))
-        if at == len(room):
+        at = bisect.bisect_left(rooms, lengths[number])
+        if at == len(rooms):
+            free, row = capacity, len(rows)
             rows.append([])
-            free, row = capacity, len(rows) - 1
         else:
-            free, row = room.pop(at)
+            free = rooms[at]
+            row = heapq.heappop(having[free])
+            if not having[free]:
+                del having[free], rooms[at]
         rows[row].append(number)
-        bisect.insort(room, (free - lengths[number], row))
+        left = free - lengths[number]
+        if left not in having:
+            bisect.insort(rooms, left)
+        heapq.heappush(having.setdefault(left, []), row)
     return rows
 
 
@@ -50,12 +58,11 @@ def _level(
 ) -> list[list[int]] | None:
     """Fill exactly ``count`` rows evenly, or return None where a document then finds no room."""
     rows: list[list[int]] = [[] for _ in range(count)]
-    room = [(-capacity, row) for row in range(count)]  # emptiest row first
+    room = [(-capacity, row) for row in range(count)]  # a heap, the emptiest row first
     for number in order:
         free, row = room[0]
         if -free < lengths[number]:
             return None
-        room.pop(0)
+        heapq.heapreplace(room, (free + lengths[number], row))
         rows[row].append(number)
-        bisect.insort(room, (free + lengths[number], row))
     return rows

@@ -34,6 +34,8 @@ class Source(Frozen):
     """A file (json, jsonl, csv, tsv, parquet, txt, arrow), a pattern as ``part-*.jsonl``, a folder
     written by ``datasets.save_to_disk``, or ``hub:owner/name[:split]``. A relative path is relative
     to the config file."""
+    config: str | None = None
+    """Of a hub's data set that has several: ``load_dataset``'s ``name``, as ``main`` or ``de-en``."""
     weight: PositiveFloat = 1.0
     """How often each row comes in an epoch: 2 is twice; 0.5 is one half of the rows, chosen by
     their content and the same in every epoch; 1.5 is once, and again for one half."""
@@ -51,6 +53,15 @@ class Source(Frozen):
     def is_hub(self) -> bool:
         """Whether it names a data set of a hub instead of files."""
         return str(self.path).startswith(HUB)
+
+    @model_validator(mode="after")
+    def _configured(self) -> Source:
+        if self.config is not None and not self.is_hub:
+            raise ValueError(
+                f"config={self.config!r:.40} with {self.path}: only a hub's data set has "
+                "configurations (path: hub:owner/name); leave it out"
+            )
+        return self
 
 
 def _listed(value: Any) -> Any:

@@ -99,15 +99,20 @@ def key_of(
     """Return the hash of everything that tokens depend on."""
     told = {
         "version": VERSION,
-        # a name's ending decides who reads the file
-        "files": [(Path(name).suffix, value) for name, value in hashes.items()],
-        "source": source.model_dump(mode="json", exclude={"path", "weight"}),
+        "files": [(_ending(name), value) for name, value in hashes.items()],
+        "source": source.model_dump(mode="json", exclude={"path", "config", "weight"}),
         "objective": objective.model_dump(mode="json", exclude=set(OF_LOSSES)),
         "base": [_digest(base / name) for name in TEXT_FILES],
         "scrub": config.scrub,
         "near": config.deduplicate == "near",
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _ending(name: str) -> str:
+    """Return what decides who reads a file: ``.csv``, ``.csv.gz``."""
+    plain = name.removesuffix(".gz")
+    return Path(plain).suffix + name[len(plain) :]
 
 
 def _digest(path: Path) -> str | None:

@@ -15,13 +15,14 @@ import torch.distributed as dist
 
 from cluster.errors import JobError, RoundhouseError
 from cluster.generation import Ask, Sampler
-from cluster.library.manifest import Facts
+from cluster.library.manifest import CARD, Facts
 from cluster.library.ref import CHAMPION
 from cluster.library.store import Library, Version
 from train_jobs.export import live_tensors, write_model
 
 WAIT_S = 300.0
 POLL_S = 0.5
+NOTE = "a policy in training, published to generate with"
 
 
 class Refresh:
@@ -30,7 +31,6 @@ class Refresh:
     def __init__(self, app: str, base: Version, every: int, sampler: Sampler) -> None:
         self._app, self._base, self._every, self._sampler = app, base, every, sampler
         self._steps = 0
-        self._mine: list[str] = []
 
     def step(self, engine: Any) -> None:
         """Call before each step on every rank; raises JobError on all of them together."""
@@ -53,20 +53,37 @@ class Refresh:
         staging = library.root / f".{self._app}-policy"
         shutil.rmtree(staging, ignore_errors=True)
         write_model(policy_tensors(engine.module), self._base.path, staging)
+        (staging / CARD).write_text(f"# {self._app}\n\nMade from `{self._base.ref}`: {NOTE}.\n")
         old = self._base.manifest
         facts = Facts(
             base=self._base.ref,
             licence=old.licence,
-            notes=(*old.notes, "a policy in training, published to generate with"),
+            notes=(*old.notes, NOTE),
         )
         version = library.publish(self._app, staging, facts, move=True)
         shutil.rmtree(staging, ignore_errors=True)
         now = library.aliases(self._app).get(CHAMPION)
         library.move_alias(self._app, CHAMPION, version.number, now, "grpo")
         self._await(version.ref)
-        for ref in self._mine:
-            library.remove(ref)  # nothing answers with it any more
-        self._mine = [version.ref]
+        for one in self._policies(library):
+            if one.ref != version.ref:
+                library.remove(one.ref)  # nothing answers with it any more
+
+    def _policies(self, library: Library) -> list[Version]:
+        """Return what this run has published to generate with, also before it was resumed.
+
+        Told by the manifest: a policy has no lineage, and says last that it is one. What somebody
+        has given an alias is no longer the run's to remove.
+        """
+        named = set(library.aliases(self._app).values())
+        return [
+            one
+            for one in library.versions(self._app)
+            if one.manifest.notes[-1:] == (NOTE,)
+            and one.manifest.lineage is None
+            and one.manifest.base == self._base.ref
+            and one.number not in named
+        ]
 
     def _await(self, ref: str, clock: Callable[[], float] = time.monotonic) -> None:
         """Wait until two answers in a row come from the version."""
@@ -94,8 +111,21 @@ def policy_tensors(module: Any) -> Mapping[str, Any]:
     found: dict[str, Any] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            inner: Any = layer
-            delta = sum(inner.get_delta_weight(adapter) for adapter in inner.active_adapters)
-            found[f"{name}.weight"] = inner.get_base_layer().weight.detach() + delta.detach()
+            found[f"{name}.weight"] = _sum_of(layer)
     plain = {name.replace(".base_layer", ""): value for name, value in live_tensors(model).items()}
     return plain | found
+
+
+def _sum_of(layer: Any) -> Any:
+    """Return what a layer multiplies by: its weight and its addition, as its forward pass has it.
+
+    DoRA's is not a sum: peft has a merge of its own for it, which scales each row.
+    """
+    import torch
+
+    [adapter] = layer.active_adapters
+    base, variant = layer.get_base_layer().weight, layer.lora_variant.get(adapter)
+    with torch.no_grad():
+        if variant is not None:
+            return variant.merge_safe(layer, adapter, base.detach().clone())
+        return base.detach() + layer.get_delta_weight(adapter)

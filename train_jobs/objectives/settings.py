@@ -280,6 +280,12 @@ class GRPO(Settings):
                 f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} "
                 "rewards; give one for each"
             )
+        twice = [name for name, times in Counter(self.rewards).items() if times > 1]
+        if twice:
+            raise ValueError(
+                f"rewards: {twice[0]!r:.80} is named twice; name it once, with its weight in "
+                "reward_weights"
+            )
         for name in self.rewards:
             module, colon, function = name.partition(":")
             if not (colon and function.isidentifier() and module.replace(".", "_").isidentifier()):

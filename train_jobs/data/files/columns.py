@@ -12,6 +12,8 @@ from train_jobs.data.settings import HUB, Source
 
 HUB_FORMATS = ("arrow", "csv", "json", "pandas", "parquet", "text")
 """Builders of ``datasets`` that only read; any other could be a script or an archive."""
+OF_CONFIGS = ("Config name is missing", "not found. Available: ")
+"""What ``datasets`` says where a set has configurations, and none of them was named."""
 BATCH = 1000
 
 
@@ -62,11 +64,17 @@ def open_hub(source: Source) -> Any:
     from datasets import load_dataset, load_dataset_builder
 
     try:
-        builder = load_dataset_builder(name)
+        builder = load_dataset_builder(name, source.config)
         module = type(builder).__module__
     except Exception as error:  # offline, unknown, gated, a script: datasets has a kind for each
+        said = str(error)
+        if any(words in said for words in OF_CONFIGS):
+            which = " ".join(said.splitlines()[:2])
+            raise ConfigError(
+                f"{source.path}: {which}; name one with {{path: {source.path}, config: NAME}}"
+            ) from None
         raise ConfigError(
-            f"{source.path}: cannot be loaded from the hub: {error}; without a network, save it "
+            f"{source.path}: cannot be loaded from the hub: {said}; without a network, save it "
             "with datasets.save_to_disk elsewhere and name that folder"
         ) from None
     if not module.startswith(tuple(f"datasets.packaged_modules.{n}." for n in HUB_FORMATS)):
@@ -75,7 +83,7 @@ def open_hub(source: Source) -> Any:
             "nothing that could run code"
         )
     try:
-        return load_dataset(name, split=split or "train")
+        return load_dataset(name, source.config, split=split or "train")
     except Exception as error:  # as above
         raise ConfigError(f"{source.path}: {error}") from None
 
