@@ -22,7 +22,6 @@ from train_jobs.objectives.settings import GRPO, ChatSFT, Distillation, Objectiv
 from train_jobs.search import Tune
 from train_jobs.supervision import Best, Diverge, EarlyStop, check_batch, read_workers
 
-
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.generation import Answered, Ask, Sample
-from cluster.library.manifest import Facts
+from cluster.library.manifest import CARD, Facts
 from cluster.library.store import Library
 from tests.parity.training_work import Session
 from train_jobs import checkpoint
+from train_jobs.adapters import merged
 from train_jobs.data.dataset import Dataset
 from train_jobs.evaluate import evaluate
+from train_jobs.export import live_tensors
 from train_jobs.group import Place
 from train_jobs.objectives.base import Ahead
 from train_jobs.objectives.settings import GRPO as Config
@@ -114,11 +116,15 @@ def refreshed(
         with patch("train_jobs.objectives.open.open_objective", lambda config: made):
             session = Session(place, base, fields, data)
         session.train()
-        refresh.step(session.engine)  # what the next step would begin with
+        # what the next step would begin with, of a run that has been resumed before it
+        Refresh("policy", start, objective.sync_every, answers).step(session.engine)
         now = library.resolve("policy")
         stored = load_file(now.path / "model.safetensors")
         live = policy_tensors(session.engine.module)
+        trained = live_tensors(merged(session.engine.module))  # what an export would write
         return {
+            "card": (now.path / CARD).read_text(),
+            "trained": all(torch.allclose(live[n], trained[n], atol=1e-6) for n in stored),
             "versions": [version.number for version in library.versions("policy")],
             "champion": now.number,
             "said": answers.said,

@@ -164,7 +164,14 @@ def test_a_served_sampler_is_clipped_against_its_own_probabilities(
     assert all(math.isfinite(total) for total, _ in loss.figures.values())
 
 
-@pytest.mark.parametrize("adapter", [None, {"kind": "lora", "r": 4, "alpha": 8.0}])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        None,
+        {"kind": "lora", "r": 4, "alpha": 8.0},
+        {"kind": "lora", "r": 4, "alpha": 8.0, "dora": True},
+    ],
+)
 def test_the_app_is_given_the_weights_that_were_learnt(
     one: Ranks, base: Path, data: Dataset, tmp_path: Path, adapter: Any
 ) -> None:
@@ -173,5 +180,7 @@ def test_the_app_is_given_the_weights_that_were_learnt(
     [found] = one.run(work.refreshed, base, some, data, tmp_path)
     assert found["same"]
     assert found["moved"]
+    assert found["trained"]
+    assert found["card"].startswith("# policy\n\nMade from `policy@1`: a policy in training")
     assert found["versions"] == [1, found["champion"]]  # the base's own stays
     assert list(dict.fromkeys(found["said"])) == ["policy@2", "policy@3", "policy@4"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.unit.library_fixtures import model
 from tests.unit.text_fixtures import write_tokenizer
 from train_jobs.card import render
 from train_jobs.config import FinetuneConfig
+from train_jobs.data.settings import Source
 from train_jobs.task import Task
 
 
@@ -67,11 +69,20 @@ def test_a_card_says_data_config_figures_and_limits(task: Task, tmp_path: Path) 
 
 
 def test_a_card_without_held_out_rows_claims_nothing(task: Task) -> None:
-    from dataclasses import replace
-
     card = render(replace(task, heldout=None), "mine", Facts(base="m@1"), {})
     assert "nothing was measured" in card
     assert "Of the base: unknown" in card
+
+
+def test_a_card_names_a_hubs_data_set_whole(task: Task) -> None:
+    hub = "hub:openai/gsm8k:train"
+    data = task.config.data.model_copy(update={"train": (Source(path=Path(hub), config="main"),)})
+    told = replace(task, config=task.config.model_copy(update={"data": data}))
+    lineage = Lineage(run_id="r-1", config_hash="c" * 64, data_hashes={hub: "a" * 64})
+    card = render(told, "mine", Facts(base="m@1", lineage=lineage), {})
+    settings = yaml.safe_load(card.split("```")[1].removeprefix("yaml"))
+    assert settings["data"]["train"] == [{"path": hub, "config": "main"}]
+    assert f"- `{hub}`: SHA-256" in card
 
 
 def test_a_card_is_kept_with_the_version_and_is_not_its_identity(tmp_path: Path) -> None:

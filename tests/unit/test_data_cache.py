@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -93,6 +94,15 @@ def tokenizer_changed(load: Loader) -> bool:
     path = load.base / "chat_template.jinja"
     path.write_text(path.read_text() + " ")
     return True
+
+
+def test_equal_bytes_under_another_ending_are_read_anew(load: Loader, tmp_path: Path) -> None:
+    content = gzip.compress(b'text\n"engine in stall"\n', mtime=0)
+    for name in ("a.csv.gz", "a.tsv.gz"):
+        (tmp_path / name).write_bytes(content)
+    text = CausalLM(kind="causal_lm")
+    quoted, plain = (load(text, train=tmp_path / name) for name in ("a.csv.gz", "a.tsv.gz"))
+    assert told(quoted) != told(plain)  # a table with tabs has no quoting
 
 
 def test_settings_of_the_loss_alone_do_not_count(tmp_path: Path, load: Loader) -> None:

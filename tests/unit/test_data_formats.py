@@ -146,6 +146,8 @@ def test_preferences_in_every_form_are_the_same_pair(
         {"instruction": "hello", "output": "there", "kto_tag": True},
         {**sharegpt("hello", "there"), "kto_tag": True},
         {**said("hello", "there"), "label": 1, "kto_tag": True},
+        {**said("hello", "there"), "label": True},
+        {**sharegpt("hello", "there"), "label": True},
     ],
 )
 def test_judged_answers_in_every_form(tmp_path: Path, load: Loader, row: dict[str, Any]) -> None:
@@ -471,6 +473,49 @@ def test_t08_a_folder_that_datasets_did_not_write_is_refused(tmp_path: Path) -> 
 def test_a_hub_that_cannot_be_reached_says_what_to_do(load: Loader) -> None:
     with pytest.raises(ConfigError, match="hub:nobody/nothing: cannot be loaded .*save_to_disk"):
         load(train="hub:nobody/nothing")
+
+
+class Hub:
+    """``datasets`` with one set on its hub, which has two configurations."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.asked = folder, list[tuple[Any, ...]]()
+
+    def load_dataset_builder(self, path: str, name: str | None = None) -> Any:
+        if name not in {"main", "socratic"}:
+            why = f"BuilderConfig {name!r} not found. Available: " if name else (
+                "Config name is missing.\nPlease pick one among the available configs: "
+            )  # fmt: skip
+            raise ValueError(f"{why}['main', 'socratic']\nExample of usage:\n\t`...`")
+        return type("Json", (), {"__module__": "datasets.packaged_modules.json.json"})()
+
+    def load_dataset(self, path: str, name: str | None = None, *, split: str) -> Any:
+        from datasets import Dataset
+
+        self.asked.append((path, name, split))
+        rows = [said("hello", "there")] if name == "main" else []
+        file = self.folder / f"{name}-{split}"
+        Dataset.from_list(rows).save_to_disk(file)
+        return Dataset.load_from_disk(str(file))
+
+
+def test_a_hubs_set_with_several_configurations_is_asked_for_one(
+    tmp_path: Path, load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    hub = Hub(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset_builder", hub.load_dataset_builder)
+    monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
+    found = load(train={"path": "hub:openai/gsm8k:test", "config": "main"})
+    assert len(examples(found)) == 1
+    assert set(hub.asked) == {("openai/gsm8k", "main", "test")}
+    with pytest.raises(ConfigError, match=r"missing. .*\['main', 'socratic'\]; name one .*config:"):
+        load(train="hub:openai/gsm8k")
+    with pytest.raises(ConfigError, match="'mian' not found. .*'main'.*; name one with"):
+        load(train={"path": "hub:openai/gsm8k", "config": "mian"})
+    with pytest.raises(ValueError, match="config='main' with .*: only a hub's data set has"):
+        Source(path=tmp_path / "a.jsonl", config="main")
 
 
 def test_a_missing_file_names_what_lies_beside_it(tmp_path: Path) -> None:

@@ -142,6 +142,10 @@ def test_a_reward_that_is_not_there_is_named(toy: str, name: str) -> None:
     [
         ({"rewards": ["toy"]}, "not of the form package.module:name"),
         ({"reward_weights": [1.0, 2.0]}, "2 numbers for 1 rewards"),
+        (
+            {"rewards": ["toy:one", "toy:one"], "reward_weights": [1.0, 2.0]},
+            "'toy:one' is named twice",
+        ),
         ({"app": "policy", "temperature": 0.7}, "temperature=0.7 with app"),
     ],
 )

@@ -77,6 +77,9 @@ def test_a_resolved_configuration_reads_back_equal(config: Path, tmp_path: Path)
         ),
         ({"adapter": {"kind": "lora", "rank": 8}}, r"unknown key 'rank'"),
         ({"adapter": {"kind": "lora", "targets": []}}, "name at least one layer"),
+        ({"publish": {"name": "My Model"}}, r"my.yaml:\d+: publish.name: .*'My Model' is no name"),
+        ({"optim": {"betas": [1.5, 0.9]}}, r"my.yaml:\d+: optim.betas"),
+        ({"optim": {"betas": [0.9, 1.0]}}, r"my.yaml:\d+: optim.betas"),
         ({"batch": {"total": 3}}, "batch.total=3 is not a multiple .* use 2 or 4"),
         ({"run": {"workers": 2}}, "give either epochs or steps"),
         ({"data": {"train": "trian.jsonl"}}, r"my.yaml:3: data.train: no file .*train.jsonl"),
@@ -113,7 +116,7 @@ def test_the_entrypoint_answers_a_mistake_with_one_line_and_exit_1(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (config.parent / "train.jsonl").write_text("oops\n")
-    assert finetune.main([str(config)]) == 1
+    assert finetune.main([str(config), "--local", "1"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("error: ")
     assert "train.jsonl:1: not JSON" in told

@@ -35,7 +35,7 @@ class Source(Frozen):
     written by ``datasets.save_to_disk``, or ``hub:owner/name[:split]``. A relative path is relative
     to the config file."""
     config: str | None = None
-    """Of a hub's data set that has several: ``load_dataset``'s ``name``, as ``main`` or ``de-en``."""
+    """Of a hub's data set that has several, as ``de-en``: ``load_dataset`` calls it ``name``."""
     weight: PositiveFloat = 1.0
     """How often each row comes in an epoch: 2 is twice; 0.5 is one half of the rows, chosen by
     their content and the same in every epoch; 1.5 is once, and again for one half."""
