@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import JobError
+from cluster.errors import JobError, RoundhouseError
 from cluster.library.manifest import CARD, MANIFEST, Facts
 from cluster.library.store import Library, Version
 from train_jobs.adapters import merged
@@ -164,7 +164,13 @@ def publish(
     if hold:
         (staging.parent / HELD).write_text(facts.model_dump_json())
         return None
-    version = Library().publish(name, staging, facts, move=True)
+    try:
+        version = Library().publish(name, staging, facts, move=True)
+    except RoundhouseError as error:
+        raise JobError(
+            f"the model could not be published ({error}); it is whole in {staging}: put that "
+            f"right, then `roundhouse models import {staging} --name {name}`"
+        ) from error
     shutil.rmtree(staging, ignore_errors=True)
     return version
 

@@ -295,6 +295,20 @@ def test_t42_a_rank_without_disk_ends_the_run_and_the_last_checkpoint_is_whole(
     assert newest(folder) == (folder / "step-00000002", [])
 
 
+def test_t42_a_folder_that_cannot_be_made_ends_the_run_on_every_rank(
+    two: Ranks, base: Path, data: Dataset, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    fields = work.settings(run={"steps": 2, "save_every": 1})
+    with pytest.raises(Failed) as failed:
+        two.run(work.disk_full, base, fields, data, tmp_path, 9)
+    assert failed.value.kinds == ["JobError"] * 2
+    first, second = failed.value.words
+    assert first == second
+    assert "the checkpoint of step 1 could not be written (rank 0: " in first
+    assert "Not a directory" in first
+
+
 def test_checkpoints_are_sealed_while_the_next_step_runs(
     two: Ranks, base: Path, data: Dataset, tmp_path: Path
 ) -> None:

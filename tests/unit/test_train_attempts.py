@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from cluster.config import load
-from cluster.errors import ClusterError, ConfigError, JobError
+from cluster.errors import ClusterError, ConfigError, JobError, NotEnough
+from cluster.library.manifest import Facts
+from cluster.library.store import Library
 from tests.unit.test_train_checkpoint import written
-from train_jobs import attempts, checkpoint, finetune, jobs, jobs_cli, ray_rank, resume
+from train_jobs import attempts, checkpoint, export, finetune, jobs, jobs_cli, ray_rank, resume
 from train_jobs.config import FinetuneConfig
 from train_jobs.launch import cause
 from train_jobs.progress import START
@@ -233,6 +235,27 @@ def test_what_one_rank_finds_wrong_is_the_result_of_all(
     accuse(run.pulses, 1, "a reward broke")
     told = worker(lost)
     assert told == {"status": "failed", "error": f"run {run.id}: rank 1 failed: a reward broke"}
+
+
+def test_a_model_that_cannot_be_published_is_not_lost(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(tensors: Any, base: Path, target: Path, rank: int) -> None:
+        target.mkdir()
+        (target / "model.safetensors").write_text("weights")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NotEnough("disk: 3 bytes are free")
+
+    monkeypatch.setattr(export, "write_model", write)
+    monkeypatch.setattr(export, "live_tensors", lambda model: {})
+    monkeypatch.setattr(Library, "publish", refuse)
+    engine = SimpleNamespace(zero_optimization_stage=lambda: 2, module=None)
+    base, staging = SimpleNamespace(path=run.path), run.path / "export"
+    told = rf"3 bytes are free\); it is whole in {staging}: .* models import {staging} --name toy"
+    with pytest.raises(JobError, match=told):
+        export.publish(engine, base, "toy", staging, Facts(), 0, adapter=False)  # type: ignore[arg-type]
+    assert (staging / "model.safetensors").is_file()
 
 
 def test_a_failure_is_told_where_it_cannot_be_written(
