@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,16 @@ class Bare(torch.nn.Module):  # type: ignore[misc]
 
 
 def open_bare(
-    measurement: Measurement, device: Device, run: RunDir, world: World
+    measurement: Measurement,
+    device: Device,
+    run: RunDir,
+    world: World,
+    alive: Callable[[], None] = lambda: None,
 ) -> tuple[Bare, Objective]:
     """Load the version and make its objective ready; every rank calls it.
 
     A reference is asked first, by the same module, which then gets the version's own weights.
+    ``alive`` is called before each pass, also of the reference, and for each token generated.
 
     Raises:
         ConfigError: the version lacks the head that it is asked for.
@@ -45,6 +51,7 @@ def open_bare(
     first = measurement.reference or measurement.version
     bare = Bare(_load(objective, first.path, dtype), device.name).to(device.name)
     bare.eval()
+    bare.module.register_forward_pre_hook(lambda *_: alive())
     objective.prepare(bare.module)
     if isinstance(objective, Ahead):
         objective.before(bare, measurement.data, None, run, world)

@@ -211,7 +211,7 @@ def _run(config: EvaluationConfig, name: str, local: int | None) -> None:
         from train_jobs.local import LocalRanks
 
         ranks = LocalRanks.start(run, config.run.workers, module="train_jobs.evaluate_rank")
-        watch(run, ranks, line)
+        watch(run, ranks, line, config.run.stall_s)
         return
     from cluster.session import runtime_env, upload_code
     from train_jobs.plan import hand_line
@@ -238,6 +238,10 @@ def line(record: dict[str, Any]) -> str:
             return f"measured {record['examples']} of {record['of']} examples"
         case "resampling":
             return f"measured {record['examples']} examples; {record['draws']} resamples"
+        case "met":
+            return f"{record['world']} ranks have met, and load model and rows"
+        case "reference":
+            return f"the reference is asked about {record['documents']} answers first"
         case other:
             return str(other)
 

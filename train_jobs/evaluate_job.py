@@ -19,11 +19,13 @@ from cluster.resources import Demand
 from cluster.session import connect
 from train_jobs.evaluate_rank import FILE, run_rank
 from train_jobs.evaluation import EvaluationConfig
+from train_jobs.following import Silence
 from train_jobs.group import Place, free_address
 from train_jobs.runs import RunDir
 
 START_S = 120.0
 """From asking for the ranks to the answer of all of them."""
+POLL_S = 1.0
 
 
 class Rank:
@@ -52,7 +54,7 @@ def drive(run: RunDir, config: EvaluationConfig) -> None:
     """Start all ranks and wait for them.
 
     Raises:
-        JobError: a rank failed, or was lost.
+        JobError: a rank failed, was lost, or said nothing for ``run.stall_s``.
         NotEnough: the cluster has no room for them.
     """
     connect()
@@ -71,9 +73,11 @@ def drive(run: RunDir, config: EvaluationConfig) -> None:
             rank.run.remote(str(run.path), place, revision)
             for rank, place in zip(ranks, places, strict=True)
         ]
+        silence = Silence(run, config.run.stall_s)
         while waiting:  # the first that fails ends the others, who wait for it
-            ended, waiting = ray.wait(waiting)
+            ended, waiting = ray.wait(waiting, timeout=POLL_S)
             ray.get(ended)
+            silence.check()
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, RoundhouseError):

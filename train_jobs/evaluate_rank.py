@@ -16,7 +16,7 @@ from cluster.library.evaluations import Evaluation, Figure
 from cluster.library.store import Library
 from train_jobs.evaluation import EvaluationConfig, Measurement
 from train_jobs.group import Place
-from train_jobs.ports import PlainWorld
+from train_jobs.ports import PlainWorld, World
 from train_jobs.runs import RunDir
 
 if TYPE_CHECKING:
@@ -45,13 +45,15 @@ def run_rank(run: RunDir, place: Place, revision: str | None) -> None:
     world = PlainWorld(place.rank, place.size, run)
     try:
         group.quiet()
+        told = Told(world, min(TELL_S, config.run.stall_s / 4))
+        world.report({"event": "met", "world": world.size})
         measurement = Measurement.load(config)
         from train_jobs.bare import open_bare
         from train_jobs.evaluate import outcomes
         from train_jobs.metrics.bootstrap import intervals
 
-        bare, objective = open_bare(measurement, device, run, world)
-        told = Told(world, measurement.data.examples, len(measurement.data.rows))
+        bare, objective = open_bare(measurement, device, run, world, told.alive)
+        told.begin(measurement.data.examples, len(measurement.data.rows))
         seed = config.run.seed
         found = outcomes(bare, objective, measurement.data, world, seed, told.beat)
     finally:
@@ -59,8 +61,8 @@ def run_rank(run: RunDir, place: Place, revision: str | None) -> None:
     if place.rank:
         return
     check_finite(found)
-    world.report({"event": "resampling", "examples": len(found), "draws": config.draws})
-    figures = intervals(found, objective.score, config.draws, seed=seed)
+    told.say({"event": "resampling", "examples": len(found), "draws": config.draws})
+    figures = intervals(found, objective.score, config.draws, seed=seed, beat=told.alive)
     record = record_of(measurement, figures, len(found), device.dtype, revision)
     library = Library()
     version = measurement.version
@@ -72,21 +74,39 @@ def run_rank(run: RunDir, place: Place, revision: str | None) -> None:
 
 
 class Told:
-    """Says every few seconds how far rank 0 has come: lines that any log keeps."""
+    """Says every few seconds how far rank 0 has come: lines that any log keeps, and signs of life.
 
-    def __init__(self, world: PlainWorld, examples: int, rows: int) -> None:
-        self._world, self._examples, self._rows = world, examples, rows
-        self._passes, self._said = 0, time.monotonic()
+    Whoever waits for the evaluation ends it where none comes.
+    """
+
+    def __init__(self, world: World, period_s: float) -> None:
+        self._world, self._period_s = world, period_s
+        self._word: dict[str, Any] = {"event": "preparing"}
+        self._said = time.monotonic()
+        self._passes = self._examples = self._rows = 0
+
+    def say(self, word: dict[str, Any]) -> None:
+        """Say something now, and again for as long as it is true."""
+        self._word, self._said = word, time.monotonic()
+        self._world.report(word)
+
+    def alive(self) -> None:
+        """Be called as often as anything has been done."""
+        if time.monotonic() - self._said > self._period_s:
+            self.say(self._word)
+
+    def begin(self, examples: int, rows: int) -> None:
+        """Note how much there is to be measured."""
+        self._examples, self._rows = examples, rows
+        self.say({"event": "measured", "examples": 0, "of": examples})
 
     def beat(self) -> None:
         """Be called before each pass, in which every rank measures one row."""
-        now = time.monotonic()
-        if now - self._said > TELL_S:
-            done = min(1.0, self._passes * self._world.size / self._rows)
-            told = {"examples": round(done * self._examples), "of": self._examples}
-            self._world.report({"event": "measured", **told})
-            self._said = now
+        done = min(1.0, self._passes * self._world.size / self._rows)
+        told = {"examples": round(done * self._examples), "of": self._examples}
+        self._word = {"event": "measured", **told}
         self._passes += 1
+        self.alive()
 
 
 def check_finite(found: Sequence[Outcome]) -> None:

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, model_validator
 
 from cluster.config import Frozen, build
 from cluster.errors import ConfigError
@@ -54,6 +54,9 @@ class Where(Frozen):
     seed: NonNegativeInt = 0
     """Of what is hidden or drawn, and of the resamples."""
     timeout_s: PositiveFloat = 600.0
+    stall_s: PositiveFloat = 600.0
+    """Seconds without a word from rank 0 after which an evaluation is ended. Longer than the model
+    takes to load, than one row takes, and than what the objective asks of others for it."""
 
     def training(self) -> Run:
         """Return the same as a training run says it."""
@@ -72,6 +75,16 @@ class EvaluationConfig(Frozen):
     draws: PositiveInt = 1000
     """Resamples that intervals are taken from."""
     run: Where = Field(default_factory=Where)
+
+    @model_validator(mode="after")
+    def _compared(self) -> EvaluationConfig:
+        kind = self.objective.kind
+        if kind in REFERRED and self.reference is None:
+            raise ValueError(
+                f"objective.kind={kind} measures preferences against another version, and none is "
+                "named: against itself a version has none; give reference: NAME@3 (--reference)"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -178,9 +191,12 @@ def resolve(
         fields["objective"] = {"kind": kind, **head_settings(kind, facts)}
     elif kind == "distillation":
         fields["objective"] |= taught_by(version, overrides)
-    kind = fields["objective"]["kind"]
+    # --set may name another kind, and a reference
+    named = [*_only(overrides, "objective"), *(o for o in overrides if o.startswith("reference="))]
+    asked = build({**fields, "reference": reference}, Draft, named, "--set")
+    kind = asked.objective["kind"]
     if kind in REFERRED:
-        fields["reference"] = Library().resolve(reference or _base(version, kind)).ref
+        fields["reference"] = Library().resolve(asked.reference or _base(version, kind)).ref
     made = build(fields, EvaluationConfig, overrides, "--set")
     return made.model_copy(update={"objective": pinned(made.objective)})
 
@@ -208,6 +224,7 @@ class Draft(Frozen):
     model: str
     data: Data
     objective: dict[str, Any]
+    reference: str | None = None
 
 
 def _only(overrides: Sequence[str], group: str) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cluster.errors import ConfigError, Corrupt
+from cluster.config import build
+from cluster.errors import ConfigError, Corrupt, JobError
 from cluster.library import evaluations
 from cluster.library.cli import models
 from cluster.library.evaluations import Evaluation, Figure
@@ -19,11 +20,16 @@ from cluster.library.store import Library, Version
 from tests.unit.data_fixtures import jsonl, said
 from tests.unit.library_fixtures import CONFIG, model
 from tests.unit.text_fixtures import write_tokenizer
-from train_jobs import compare, evaluation
+from train_jobs import compare, eval_cli, evaluation, following
 from train_jobs.evaluate_job import places_of
+from train_jobs.evaluate_rank import Told
+from train_jobs.evaluation import EvaluationConfig
+from train_jobs.follow import State
 from train_jobs.group import Place
 from train_jobs.metrics.bootstrap import differences, intervals
 from train_jobs.outcome import Outcome, mean_loss
+from train_jobs.ports import PlainWorld
+from train_jobs.runs import RunDir
 
 LABELS = {"0": "bad", "1": "good"}
 
@@ -172,6 +178,94 @@ def test_a_student_is_measured_against_the_teacher_that_it_had(
     assert named.objective.others == {"teacher": "big@2"}  # exact: it is part of the answer's name
     ids = {evaluation.Measurement.load(one).id for one in (found, named)}
     assert len(ids) == 2
+
+
+def test_preferences_are_measured_against_another_version_however_they_are_asked_for(
+    library: Library, tmp_path: Path
+) -> None:
+    alone = publish(library, tmp_path)
+    source = model(tmp_path / "m2", fill=7)
+    (source / "tokenizer.json").unlink()
+    write_tokenizer(source)
+    child = library.publish("m", source, Facts(base=alone.ref))
+    rows = [{"prompt": "engine", "chosen": "in stall", "rejected": "gone"}]
+    data = jsonl(tmp_path / "pairs.jsonl", rows)
+    asked = ["objective.kind=dpo"]
+    assert evaluation.resolve(child.ref, data, None, None, asked).reference == alone.ref
+    assert evaluation.resolve(child.ref, data, "sft", None, asked).reference == alone.ref
+    named = evaluation.resolve(alone.ref, data, None, None, [*asked, f"reference={child.ref}"])
+    assert named.reference == child.ref
+    with pytest.raises(ConfigError, match="name it with --reference"):
+        evaluation.resolve(alone.ref, data, None, None, asked)
+    fields = evaluation.resolve(child.ref, data, "kto").model_dump(mode="json")
+    with pytest.raises(ConfigError, match="kind=kto measures .* give reference: NAME@3"):
+        build({**fields, "reference": None}, EvaluationConfig)
+
+
+class Busy:
+    """A job that runs until it is ended."""
+
+    killed = False
+
+    def state(self) -> State:
+        return "running"
+
+    def why(self) -> str:
+        return ""
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def detach(self) -> None:
+        raise AssertionError
+
+
+def test_an_evaluation_without_a_word_is_ended_by_name_of_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, job, run = [0.0], Busy(), RunDir(tmp_path)
+    monkeypatch.setattr("train_jobs.following.time.monotonic", lambda: now[0])
+
+    def sleep(seconds: float) -> None:
+        now[0] += 10
+        if now[0] < 400:
+            run.append({"event": "measured", "examples": now[0], "of": 90})
+
+    monkeypatch.setattr("train_jobs.following.time.sleep", sleep)
+    with pytest.raises(
+        JobError, match=r"no word for 60 s \(run.stall_s\), the last was 'measured'"
+    ):
+        following.watch(run, job, eval_cli.line, 60)
+    assert job.killed
+    assert 450 <= now[0] <= 470
+    assert (run.read_result() or {})["status"] == "failed"
+
+
+def test_rank_0_says_that_it_lives_once_in_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, run = [0.0], RunDir(tmp_path)
+    monkeypatch.setattr("train_jobs.evaluate_rank.time.monotonic", lambda: now[0])
+    told = Told(PlainWorld(0, 2, run), 5.0)
+    told.alive()
+    now[0] = 6.0
+    told.alive()  # a pass of the reference
+    told.begin(examples=8, rows=4)
+    told.beat()
+    now[0] = 12.0
+    told.beat()
+    told.alive()
+    told.say({"event": "resampling"})
+    now[0] = 18.0
+    told.alive()
+    words = [(r["event"], r.get("examples")) for r, _ in run.read_metrics()]
+    assert words == [
+        ("preparing", None),
+        ("measured", 0),
+        ("measured", 4),
+        ("resampling", None),
+        ("resampling", None),
+    ]
 
 
 def test_a_policy_is_measured_without_the_term_that_asks_for_an_adapter(
