@@ -20,11 +20,12 @@ from typing import Any
 
 from cluster import console
 from cluster.config import build, load
-from cluster.errors import ConfigError, JobError, RoundhouseError
-from cluster.resources import EPSILON
+from cluster.errors import ConfigError, JobError, NotEnough, RoundhouseError
+from cluster.resources import EPSILON, Demand
 from cluster.session import connect
 from train_jobs.config import FinetuneConfig
 from train_jobs.objectives.pinning import pinned
+from train_jobs.plan import demand
 from train_jobs.runs import RunDir
 from train_jobs.search import Tune, overrides
 
@@ -34,6 +35,8 @@ TRIALS = "trials"
 POINT = "point"
 ENDED = "ended early"
 POLL_S = 0.5
+WAIT_S = 24 * 3600.0
+"""How long a trial waits for CPUs that others hold."""
 DRIVER = {"CPU": 0, "memory": 1 << 20}
 """What a trial's driver reserves: Ray wants something of it, and the ranks want every CPU."""
 
@@ -83,12 +86,17 @@ def check(config: FinetuneConfig) -> Tune:
 
 
 def concurrent(config: FinetuneConfig, cpus: float, gpus: float) -> int:
-    """Return how many trials have room at once, at least one."""
+    """Return how many trials run at once: as many as have room, or as the search wants if fewer.
+
+    ``cpus`` and ``gpus`` are what is free. At least one: it waits until it has room.
+    """
     run = config.run
     fits = cpus / (run.num_cpus * run.workers)
     if run.num_gpus:
         fits = min(fits, gpus / (run.num_gpus * run.workers))
-    return max(1, int(fits + EPSILON))
+    room = max(1, int(fits + EPSILON))
+    told = config.tune
+    return min(room, told.concurrent or room, told.combinations) if told else room
 
 
 def drive(search: RunDir) -> dict[str, Any]:
@@ -103,8 +111,9 @@ def drive(search: RunDir) -> dict[str, Any]:
     import ray
     from ray import tune as ray_tune
 
-    total = ray.cluster_resources()
-    room = concurrent(config, total.get("CPU", 0.0), total.get("GPU", 0.0))
+    free = ray.available_resources()
+    at_once = concurrent(config, free.get("CPU", 0.0), free.get("GPU", 0.0))
+    search.append({"event": "search", "trials": told.combinations, "concurrent": at_once})
     scheduler = None
     if asha := told.scheduler:
         from ray.tune.schedulers import AsyncHyperBandScheduler
@@ -125,7 +134,7 @@ def drive(search: RunDir) -> dict[str, Any]:
             metric=told.metric,
             mode=told.mode,
             scheduler=scheduler,
-            max_concurrent_trials=min(told.concurrent or room, told.combinations),
+            max_concurrent_trials=at_once,
         ),
         run_config=ray_tune.RunConfig(
             name=search.id, storage_path=str(search.path / "ray"), verbose=0
@@ -154,7 +163,9 @@ def trial(told: Mapping[str, Any]) -> None:
     news = {"event": "trial", "run": run.id, "metric": metric, "point": told[POINT]}
     search.append(news)
     failed: list[BaseException] = []
-    thread = threading.Thread(target=_train, args=(run, failed), name="trial", daemon=True)
+    thread = threading.Thread(
+        target=_train, args=(run, search, news, failed), name="trial", daemon=True
+    )
     thread.start()
     offset, looks = 0, 0
     while True:
@@ -191,16 +202,60 @@ def begin(search: RunDir, config: FinetuneConfig, point: Mapping[str, Any]) -> R
     return run
 
 
-def _train(run: RunDir, failed: list[BaseException]) -> None:
+def _train(
+    run: RunDir, search: RunDir, news: Mapping[str, Any], failed: list[BaseException]
+) -> None:
     from train_jobs import attempts
     from train_jobs.launch import launch
 
     try:
+        config = load(run.config, FinetuneConfig)
         with attempts.claim(run):
             attempt = attempts.join(run, None, resume=False)
-            launch(run, load(run.config, FinetuneConfig), attempt, resume=False)
+            deadline = time.monotonic() + WAIT_S
+            while True:
+                wait_for_room(demand(config), search, news, deadline)
+                try:
+                    launch(run, config, attempt, resume=False)
+                    return
+                except NotEnough:  # another was faster: nothing of this run has begun
+                    if time.monotonic() > deadline:
+                        raise
+                    run.result.unlink(missing_ok=True)
     except BaseException as error:  # carried to the thread that Tune listens to
         failed.append(error)
+
+
+def wait_for_room(wanted: Demand, search: RunDir, news: Mapping[str, Any], deadline: float) -> None:
+    """Wait until the cluster has free what a trial's ranks reserve, and say so once.
+
+    Others use the cluster too; whether it could ever have room was asked before the search. Past
+    the deadline it returns: the launch says what is short.
+    """
+    asked = {"CPU": wanted.cpus * wanted.count, "GPU": wanted.gpus * wanted.count}
+    told = False
+    while time.monotonic() < deadline:
+        free = free_resources()
+        short = {
+            name: free.get(name, 0.0)
+            for name in asked
+            if asked[name] > free.get(name, 0.0) + EPSILON
+        }
+        if not short:
+            return
+        if not told:
+            has = ", ".join(f"{amount:g} {name}" for name, amount in short.items())
+            search.append({**news, "event": "waiting", "wanted": str(wanted), "free": has})
+            told = True
+        time.sleep(POLL_S)
+
+
+def free_resources() -> Mapping[str, float]:
+    """Return what Ray has free, in all."""
+    import ray
+
+    found: dict[str, float] = ray.available_resources()
+    return found
 
 
 def collect(search: RunDir, told: Tune, errors: Mapping[str, str]) -> list[Trial]:

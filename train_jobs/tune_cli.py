@@ -68,8 +68,16 @@ def tune(
 
 def line_of(record: Mapping[str, Any]) -> str:
     """Return one record of a search as a line for people."""
-    if record.get("event") != "trial":
-        return str(record.get("event"))
+    match record.get("event"):
+        case "search":
+            return f"{record['trials']} trials, {record['concurrent']} at a time"
+        case "waiting":
+            return (
+                f"trial {record['run']}: waits for {record['wanted']}; free: {record['free']}, "
+                "`roundhouse status` shows who has the rest"
+            )
+        case other if other != "trial":
+            return str(other)
     value = record.get("value")
     told = "begun" if value is None else f"{record['metric']} {value:.4f}"
     return f"trial {record['run']}: {told}  ({_values(record['point'])})"

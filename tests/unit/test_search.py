@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.config import dump, load
-from cluster.errors import ConfigError, JobError
+from cluster.errors import ConfigError, JobError, NotEnough
 from cluster.library.manifest import Facts
 from cluster.library.store import Library
 from tests.unit.library_fixtures import model
@@ -19,6 +19,7 @@ from train_jobs.export import EXPORT, HELD
 from train_jobs.jobs import state_of
 from train_jobs.runs import RunDir
 from train_jobs.search import Tune
+from train_jobs.tune_cli import line_of
 
 
 def config(**changes: Any) -> FinetuneConfig:
@@ -88,12 +89,22 @@ def test_a_search_that_cannot_be_run_is_refused(changes: dict[str, Any], words: 
 
 def test_tc38_as_many_trials_at_once_as_have_room_and_never_none() -> None:
     assert tune.concurrent(config(), cpus=2, gpus=0) == 1
-    assert tune.concurrent(config(), cpus=8, gpus=0) == 4
+    many = config(tune={"space": {"optim.lr": {"grid": [1e-5, 1e-3]}}, "trials": 8})
+    assert tune.concurrent(many, cpus=8, gpus=0) == 4
     assert tune.concurrent(config(), cpus=1, gpus=0) == 1
     small = config(run={"workers": 2, "steps": 2, "num_cpus": 0.5})
     assert tune.concurrent(small, cpus=2, gpus=0) == 2
     gpus = config(run={"workers": 2, "steps": 2, "num_gpus": 1})
     assert tune.concurrent(gpus, cpus=64, gpus=4) == 2
+
+
+def test_a_search_may_lower_how_many_run_at_once_and_not_raise_it() -> None:
+    for wanted, at_once in ((1, 1), (3, 3), (9, 4), (None, 4)):
+        grid = {"optim.lr": {"grid": [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]}}
+        told = config(tune={"space": grid, "concurrent": wanted})
+        assert tune.concurrent(told, cpus=8, gpus=0) == at_once
+    few = config(tune={"space": {"optim.lr": {"grid": [1e-5]}}})
+    assert tune.concurrent(few, cpus=64, gpus=0) == 1
 
 
 @pytest.fixture
@@ -128,6 +139,33 @@ def test_the_best_whole_trial_becomes_the_next_version(search: RunDir) -> None:
     assert json.loads(search.result.read_text())["trials"][1]["run"] == best.id
     assert state_of(ended, {}) == "stopped"
     assert (ended.read_result() or {})["search"] == search.id
+
+
+def test_a_trial_without_room_waits_where_all_see_it_and_does_not_fail(
+    search: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = iter([{"CPU": 1.0}, {"CPU": 0.5}, {"CPU": 2.0}, {"CPU": 2.0}])
+    launches: list[str] = []
+
+    def launch(run: RunDir, config: FinetuneConfig, attempt: object, resume: bool) -> int:
+        launches.append(run.id)
+        if len(launches) == 1:  # another has taken what was free
+            run.fail("wanted: 2 CPU")
+            raise NotEnough("wanted: 2 CPU")
+        assert run.read_result() is None, "what came to nothing has left nothing"
+        return 0
+
+    monkeypatch.setattr(tune, "free_resources", lambda: next(free))
+    monkeypatch.setattr(tune, "POLL_S", 0.0)
+    monkeypatch.setattr("train_jobs.launch.launch", launch)
+    run = tune.begin(search, tune.config_of(config(), {"optim.lr": 1e-5}), {"optim.lr": 1e-5})
+    failed: list[BaseException] = []
+    tune._train(run, search, {"event": "trial", "run": run.id}, failed)
+    assert failed == []
+    assert launches == [run.id, run.id]
+    [told] = [record for record, _ in search.read_metrics()]
+    assert (told["event"], told["run"], told["free"]) == ("waiting", run.id, "1 CPU")
+    assert line_of(told).startswith(f"trial {run.id}: waits for 2 x train rank")
 
 
 def test_a_search_without_a_whole_trial_says_why(search: RunDir) -> None:
