@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster import console
+from cluster.errors import ConfigError
 from cluster.options import AsJson, DryRun
-from train_jobs.verbs import Sets, complete_run, find_cluster, rehearse
+from train_jobs.verbs import Sets, complete_run, find_cluster, rehearsed
 
 if TYPE_CHECKING:
     from cluster.session import Cluster
@@ -48,7 +49,16 @@ def train(
         typer.Option("--local", metavar="N", min=1, help="N processes here, without a cluster."),
     ] = None,
     time: Annotated[
-        bool, typer.Option("--time", help="Run ten steps and say how long all of them will take.")
+        bool,
+        typer.Option(
+            "--time",
+            help="Run ten steps and say how long all of them will take; with --dry-run beside the "
+            "rehearsal.",
+        ),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Submit it although the estimate says too little memory."),
     ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -59,30 +69,43 @@ def train(
 
     require_one(config, resume, overrides or [])
     if resume is not None:
+        if time:
+            raise ConfigError(
+                f"--time with --resume {resume}: it would go on with the run; time the file that "
+                f"it began with instead: `roundhouse train CONFIG --time`"
+            )
         _resume(resume, overrides or [], local, dry_run)
     elif config is not None:
-        _start(config, overrides or [], local, dry_run, time)
+        _start(config, overrides or [], local, dry_run, time, force)
 
 
 def _start(
-    config: Path, overrides: Sequence[str], local: int | None, dry_run: bool, time: bool
+    config: Path,
+    overrides: Sequence[str],
+    local: int | None,
+    dry_run: bool,
+    time: bool,
+    force: bool,
 ) -> None:
     from cluster.config import dump
     from train_jobs import timing
     from train_jobs.plan import job_command, resolve, submit_line
+    from train_jobs.rehearsal import require_room
+    from train_jobs.room import Room
     from train_jobs.runs import RunDir
     from train_jobs.task import Task
 
     resolved = resolve(config, [*overrides, *([f"run.workers={local}"] if local else [])])
+    short = timing.short(resolved) if time else None
     task = Task.load(resolved)  # a bad row costs a second here, a minute on the cluster
-    cluster = None if local else find_cluster(required=not dry_run)
-    if dry_run:
-        rehearse(task, cluster, config, overrides)
+    cluster = None if local else find_cluster(required=time or not dry_run)
+    rehearsal = rehearsed(task, cluster, config, overrides) if dry_run else {}
+    if dry_run and not time:
+        console.result(rehearsal)
         return
     if cluster:
-        _require_room(cluster, resolved)
-    if time:
-        resolved = timing.short(resolved)
+        require_room(task, Room.of(cluster), force)
+    resolved = short or resolved
     run = RunDir.create(config.stem)
     run.config.write_text(dump(resolved))
     if cluster:
@@ -93,7 +116,7 @@ def _start(
     if time:
         found = timing.told(run, task.order.steps)
         console.out(timing.sentence(found))
-        console.result(found)
+        console.result({**rehearsal, "time": found} if dry_run else found)
     else:
         _tell(run)
 
@@ -105,6 +128,7 @@ def _tell(run: RunDir) -> None:
 def _resume(name: str, overrides: Sequence[str], local: int | None, dry_run: bool) -> None:
     from train_jobs import resume
     from train_jobs.checkpoint import read_meta
+    from train_jobs.room import Room
     from train_jobs.runs import RunDir
 
     run = RunDir.find(name)
@@ -127,7 +151,7 @@ def _resume(name: str, overrides: Sequence[str], local: int | None, dry_run: boo
             }
         )
     elif cluster:
-        _require_room(cluster, config)
+        Room.of(cluster).idle().plan(config, 0).require()  # its memory was enough before
         _on_cluster(cluster, run, resume.job_command(run, overrides), line)
         _tell(run)
     else:
@@ -168,13 +192,3 @@ def _require_idle(cluster: Cluster, run: RunDir) -> None:
     submission = known[-1].submission if known else None
     if submission and statuses(cluster).get(submission) in {"PENDING", "RUNNING"}:
         raise attempts.still_running(run)
-
-
-def _require_room(cluster: Cluster, config: FinetuneConfig) -> None:
-    """Refuse what cannot fit even on idle machines; what is busy now may be free in a moment."""
-    from cluster.resources import plan
-    from cluster.status import room
-    from train_jobs.plan import demand
-
-    idle = [node.idle() for node in room(cluster)]
-    plan([demand(config)], idle).require()

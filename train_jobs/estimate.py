@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from cluster.device import resolve_dtype
 from cluster.library.store import Library, Version
 from train_jobs.adaptation import Freeze
 from train_jobs.adapters import added_parameters
@@ -58,13 +59,27 @@ class Beside:
         return cls(known.parameters or 0, known.hidden or 0)
 
 
+def dtype_of(config: FinetuneConfig) -> str:
+    """Return the dtype that the ranks of a run will compute in.
+
+    Those of a GPU run are elsewhere: of ``auto`` on a GPU there is only to say what those from
+    compute capability 8.0 on make of it.
+    """
+    if config.run.dtype == "auto" and config.run.num_gpus:
+        return "bfloat16"
+    return resolve_dtype(config.run.dtype, "cpu")
+
+
 def of_task(task: Task, dtype: str) -> dict[str, int]:
     """Return bytes by what they are for; empty where the base does not tell its size."""
     return of_run(task, task.config, dtype)
 
 
-def of_run(task: Task, config: FinetuneConfig, dtype: str) -> dict[str, int]:
-    """Return what the same task would take under another configuration."""
+def of_run(task: Task, config: FinetuneConfig, dtype: str | None = None) -> dict[str, int]:
+    """Return what the same task would take under another configuration.
+
+    ``dtype`` by default is what the configuration says.
+    """
     known = task.base.manifest.architecture
     shape = Shape.of(task.base.path, known)
     if not known.parameters or shape is None:
@@ -74,6 +89,7 @@ def of_run(task: Task, config: FinetuneConfig, dtype: str) -> dict[str, int]:
     others = {
         what: Beside.of(library.resolve(ref)) for what, ref in config.objective.others.items()
     }
+    dtype = dtype or dtype_of(config)
     return of_rank(config, shape, known.parameters, task.train, dtype, learnt, others)
 
 
@@ -99,13 +115,16 @@ def of_rank(
     shard = -(-trainable // ranks)
     weights = everything * wide
     if stage == 3:
-        weights = weights // ranks + min(everything, LIVE_PARAMETERS) * wide
+        divided = 0 if config.offload.parameters else weights // ranks
+        weights = divided + min(everything, LIVE_PARAMETERS) * wide
     # float32 without stages steps on the weights themselves; all else has a master copy
     master = 0 if stage == 0 and wide == 4 else 4 * (shard if stage else trainable)
     moments = 8 * (shard if stage else trainable)
     whole = trainable * wide
     owned = shard * wide if stage > 1 else 0
     flattened = 4 * shard if stage else 0
+    if config.offload.optimizer:  # the step and what it needs are the machine's
+        master = moments = owned = flattened = 0
     # what is being reduced, and with other ranks what arrives from them
     buckets = wide * min(config.bucket, trainable) * min(2, ranks if ranks > 1 else bool(stage))
     activations = activations_of(config, shape, batch) * wide
@@ -187,6 +206,7 @@ def logits_of(shape: Shape, batch: MicroBatch, learnt: bool) -> int:
 
 def fullest(config: FinetuneConfig, data: Dataset) -> MicroBatch:
     """Return what one rank has of the fullest micro-batch."""
-    whole, slices = microbatch(config.objective, data, config.batch.micro), config.sequence_parallel
+    whole = microbatch(config.objective, data, config.batch.micro, config.data.max_len)
+    slices = config.sequence_parallel
     tokens, asked = -(-whole.tokens // slices), -(-whole.asked // slices)
     return replace(whole, tokens=tokens, asked=asked)

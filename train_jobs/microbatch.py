@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from train_jobs.data.dataset import Dataset
-from train_jobs.data.example import trained_in
+from train_jobs.data.dataset import Dataset, shape_of
 from train_jobs.objectives.settings import (
     GRPO,
     Distillation,
@@ -37,9 +37,17 @@ class MicroBatch:
     """Tokens whose keys and values the model keeps at once while it answers by itself."""
 
 
-def microbatch(objective: Objective, data: Dataset, micro: int) -> MicroBatch:
-    """Return it. Rows of about equal length come together: it holds the longest ones."""
-    rows = sorted(data.row_lengths)[-micro:]
+def microbatch(
+    objective: Objective, data: Dataset, micro: int, max_len: int | None = None
+) -> MicroBatch:
+    """Return it. Rows of about equal length come together: it holds the longest ones.
+
+    With a ``max_len`` below the data's own: as they would be when cut to that.
+    """
+    most = sys.maxsize
+    if max_len is not None and max_len < data.max_len:
+        most = max_len if shape_of(objective, max_len).together else 2 * max_len
+    rows = [min(row, most) for row in sorted(data.row_lengths)[-micro:]]
     match objective:
         case SequenceClassification() | TokenClassification() | Reward():
             return MicroBatch(rows[-1] * len(rows), rows[-1])
@@ -48,17 +56,18 @@ def microbatch(objective: Objective, data: Dataset, micro: int) -> MicroBatch:
             tokens, whole = rows[-1] * len(rows), objective.next_sentence
             return MicroBatch(tokens, rows[-1], hidden, whole=whole)
         case Distillation():
-            return _taught(objective, rows, _trained(data, micro))
+            return _taught(objective, rows, _trained(data, micro, most))
         case GRPO():
             return _answers(objective, rows)
         case _ if objective.packed:
-            return MicroBatch(sum(rows), rows[-1], _trained(data, micro))
+            return MicroBatch(sum(rows), rows[-1], _trained(data, micro, most))
         case _:
-            return MicroBatch(rows[-1] * len(rows), rows[-1], _trained(data, micro))
+            return MicroBatch(rows[-1] * len(rows), rows[-1], _trained(data, micro, most))
 
 
-def _trained(data: Dataset, micro: int) -> int:
-    return max(trained_in(row) for row in data.rows) * min(micro, len(data.rows))
+def _trained(data: Dataset, micro: int, most: int) -> int:
+    both = zip(data.row_work, data.row_lengths, strict=True)
+    return min(most, max(work - tokens for work, tokens in both)) * min(micro, len(data.rows))
 
 
 def _taught(objective: Distillation, rows: Sequence[int], trained: int) -> MicroBatch:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.config import build
-from cluster.errors import JobError
+from cluster.errors import ConfigError, JobError
 from train_jobs.config import FinetuneConfig
 from train_jobs.follow import duration
 from train_jobs.runs import RunDir
@@ -18,7 +18,18 @@ WARM, TIMED = 2, 10
 
 
 def short(config: FinetuneConfig) -> FinetuneConfig:
-    """Return the same run with its first steps only, which measures and publishes nothing."""
+    """Return the same run with its first steps only, which measures and publishes nothing.
+
+    Raises:
+        ConfigError: its steps themselves publish.
+    """
+    app = getattr(config.objective, "app", None)
+    if app:
+        raise ConfigError(
+            f"--time with objective.app={app}: before the first step the run gives the app its "
+            f"weights, which publishes a version and moves {app}@champion; add `--set "
+            "objective.app=null` to time it with answers of its own processes"
+        )
     return build(
         config.model_dump(mode="json"),
         FinetuneConfig,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -42,10 +42,18 @@ def find_cluster(required: bool) -> Cluster | None:
 
 def rehearse(task: Task, cluster: Cluster | None, config: Path, overrides: Sequence[str]) -> None:
     """Print what a run would be, and how to start it by hand."""
-    from cluster.status import room
-    from train_jobs.plan import describe, rehearsal, submit_line
+    console.result(rehearsed(task, cluster, config, overrides))
 
-    nodes = room(cluster) if cluster else None
-    told = rehearsal(task, nodes, submit_line(cluster, config.absolute(), overrides))
+
+def rehearsed(
+    task: Task, cluster: Cluster | None, config: Path, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Print it for people, and return it."""
+    from train_jobs.plan import submit_line
+    from train_jobs.rehearsal import describe, rehearsal
+    from train_jobs.room import Room
+
+    room = Room.of(cluster) if cluster else None
+    told = rehearsal(task, room, submit_line(cluster, config.absolute(), overrides))
     console.out(describe(told))
-    console.result(told)
+    return told

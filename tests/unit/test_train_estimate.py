@@ -13,8 +13,8 @@ from cluster.library.manifest import Architecture
 from train_jobs.config import FinetuneConfig
 from train_jobs.data.dataset import Dataset
 from train_jobs.data.example import Document, Example
-from train_jobs.estimate import Beside, of_rank
-from train_jobs.remedies import remedies, ways
+from train_jobs.estimate import Beside, dtype_of, of_rank
+from train_jobs.remedies import Fits, remedies, said, ways
 from train_jobs.shape import Shape
 
 GIB = 1 << 30
@@ -32,6 +32,7 @@ def rows(tokens: int, trained: int, count: int = 1) -> Dataset:
 
 
 DEMO = rows(49, 16, count=10)
+TWO = {"workers": 2, "epochs": 1, "dtype": "float32"}
 
 
 def config(**changes: Any) -> FinetuneConfig:
@@ -278,18 +279,52 @@ def test_widths_are_read_from_the_models_own_configuration(tmp_path: Path) -> No
     assert Shape.of(tmp_path, Architecture(model_type="bert")) is None  # it is not guessed
 
 
-def test_ways_out_are_tried_by_the_estimate_itself() -> None:
-    def guess(other: FinetuneConfig) -> dict[str, int]:
-        learnt = ADDED["smollm2"] if other.adapter else None
-        return of_rank(other, SMOLLM2, PARAMETERS["smollm2"], DEMO, "float32", learnt)
+def guess(other: FinetuneConfig) -> int:
+    learnt = ADDED["smollm2"] if other.adapter else None
+    known = PARAMETERS["smollm2"], DEMO, dtype_of(other), learnt
+    return sum(of_rank(other, SMOLLM2, *known).values())
 
-    full = config(zero=0, batch={"micro": 2, "total": 4})
-    said = [way for way, _ in ways(full)]
-    assert said[0] == "--set batch.micro=1"
-    assert "--set adapter.kind=lora  --set zero=0" in said
-    need = sum(guess(full).values())
-    assert remedies(full, guess, need - 1)[0].startswith("--set batch.micro=1: ")
-    assert [way.partition(":")[0] for way in remedies(full, guess, 3 * GIB)] == [
+
+def within(size: int) -> Fits:
+    return lambda other, need: need <= size
+
+
+def test_ways_out_are_tried_by_the_estimate_itself() -> None:
+    full = config(zero=0, batch={"micro": 2, "total": 4}, run=TWO)
+    tried = [said(way) for way, _ in ways(full)]
+    assert tried[0] == "--set batch.micro=1"
+    assert "--set adapter.kind=lora  --set zero=0" in tried
+    assert "--set gradient_checkpointing=full" in tried
+    assert "--set sequence_parallel=2" in tried
+    assert not any("offload" in one for one in tried)  # it has no GPU
+    need = guess(full)
+    for way, other in ways(full):
+        assert guess(other) != need, said(way)  # the estimate knows what it changes
+    for helps in ({"run.dtype": "bfloat16"}, {"data.max_len": 256, "data.truncate": "end"}):
+        assert guess(dict((said(way), other) for way, other in ways(full))[said(helps)]) < need
+    assert remedies(full, guess, within(need - 1))[0].startswith("--set batch.micro=1: ")
+    assert [way.partition(":")[0] for way in remedies(full, guess, within(5 * GIB // 2))] == [
+        "--set gradient_checkpointing=full"
+    ]
+    less = full.model_copy(update={"gradient_checkpointing": "full"})
+    assert [way.partition(":")[0] for way in remedies(less, guess, within(2 * GIB))] == [
         "--set adapter.kind=lora  --set zero=0"
     ]
-    assert remedies(full, guess, GIB // 2)[0].endswith("which is not enough by itself")
+
+
+def test_tc36_what_no_change_does_alone_several_do_together() -> None:
+    full = config(zero=0, batch={"micro": 2, "total": 4}, run=TWO)
+    [several] = remedies(full, guess, within(GIB))
+    assert "adapter.kind=lora" in several
+    assert several.count("--set") > 2
+    assert "--set run.workers" not in several  # as few changes as do
+    assert float(several.rpartition(": ")[2].removesuffix(" GiB")) <= 1
+    [nothing] = remedies(full, guess, within(GIB // 8))
+    assert nothing.endswith("which is not enough by itself")
+
+
+def test_tc36_a_gpu_run_may_offload_what_its_machine_can_hold() -> None:
+    gpu = config(zero=2, run={**TWO, "num_gpus": 1, "dtype": "auto"})
+    tried = {said(way): guess(other) for way, other in ways(gpu)}
+    assert tried["--set offload.optimizer=true  --set zero=2"] < guess(gpu) - 4 * 67_000_000
+    assert not any("run.dtype" in one for one in tried)  # auto is bfloat16 there
