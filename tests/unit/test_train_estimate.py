@@ -328,3 +328,26 @@ def test_tc36_a_gpu_run_may_offload_what_its_machine_can_hold() -> None:
     tried = {said(way): guess(other) for way, other in ways(gpu)}
     assert tried["--set offload.optimizer=true  --set zero=2"] < guess(gpu) - 4 * 67_000_000
     assert not any("run.dtype" in one for one in tried)  # auto is bfloat16 there
+
+
+LLAMA_8B = Shape("decoder", 32, 4096, 14336, 4096, 1024, 32, 128256, True, False, False)
+
+
+@pytest.mark.parametrize(
+    ("gib", "way"),
+    [
+        (80, "--set offload.optimizer=true  --set zero=2"),
+        (24, "--set adapter.kind=lora  --set zero=2"),
+    ],
+)
+def test_tc36_an_8b_full_fine_tune_on_two_gpus_is_told_what_would_do(gib: int, way: str) -> None:
+    full = config(zero=2, run={"workers": 2, "epochs": 1, "num_gpus": 1})
+
+    def need(other: FinetuneConfig) -> int:
+        learnt = 41_943_040 if other.adapter else None
+        known = LLAMA_8B, 8_030_261_248, DEMO, dtype_of(other), learnt
+        return sum(of_rank(other, *known).values())
+
+    assert need(full) > 80 * GIB
+    told = remedies(full, need, within(gib * GIB))
+    assert way in [one.partition(":")[0] for one in told], told
