@@ -239,7 +239,9 @@ def line(record: dict[str, Any]) -> str:
         case "resampling":
             return f"measured {record['examples']} examples; {record['draws']} resamples"
         case "met":
-            return f"{record['world']} ranks have met, and load model and rows"
+            return f"ranks that have met: {record['world']}; model and rows are loaded"
+        case "preparing":
+            return "the objective is prepared; no row is measured yet"
         case "reference":
             return f"the reference is asked about {record['documents']} answers first"
         case other:
