@@ -42,6 +42,11 @@ def out(text: str = "") -> None:
     told.flush()
 
 
+def counted(number: int, what: str) -> str:
+    """Return ``1 rank``, ``2 ranks``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def result(value: Any) -> None:
     """Print the answer as one JSON object, paths and the like as text; nothing without --json."""
     if _json:

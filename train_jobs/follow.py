@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 from cluster import console
+from cluster.console import counted
 from cluster.errors import JobError
 from train_jobs import attempts
 from train_jobs.runs import RunDir
@@ -176,14 +177,14 @@ def line(record: Mapping[str, Any]) -> str:
             )
         case "ready":
             return (
-                f"{record['world']} ranks ready in {record['seconds']:.0f} s: {record['engine']}, "
-                f"ZeRO {record['zero_stage']}, {record['dtype']} on {record['device']}; "
-                f"{_trained(record)}"
+                f"{counted(record['world'], 'rank')} ready in {record['seconds']:.0f} s: "
+                f"{record['engine']}, ZeRO {record['zero_stage']}, "
+                f"{record['dtype']} on {record['device']}; {_trained(record)}"
                 f"{record['rows']} rows, {record['tokens']} tokens ({record['trained_tokens']} "
                 f"trained), {record['steps']} steps"
             )
         case "met":
-            return f"{record['world']} ranks have met, and load model and rows"
+            return f"{counted(record['world'], 'rank')} at work: loading model and rows"
         case "reference":
             return f"the base is asked about {record['documents']} answers first, as the reference"
         case "evaluated":

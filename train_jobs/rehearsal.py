@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.console import counted
 from cluster.errors import NotEnough
 from cluster.resources import GIB
 from train_jobs.config import FinetuneConfig
@@ -120,7 +121,7 @@ def _memory(told: Mapping[str, Any], on_gpu: bool) -> list[str]:
     memory, ranks = told["memory_of_rank"], told["least_workers"]
     parts = ", ".join(f"{what} {size / GIB:.1f}" for what, size in memory.items())
     lines = [
-        f"memory: about {sum(memory.values()) / GIB:.1f} GiB for each of {ranks} ranks ({parts}), "
+        f"memory: about {sum(memory.values()) / GIB:.1f} GiB a rank ({parts}), "
         + (
             "of its GPU"
             if on_gpu
@@ -129,7 +130,9 @@ def _memory(told: Mapping[str, Any], on_gpu: bool) -> list[str]:
     ]
     if ranks < told["workers"]:
         most = sum(told["memory_of_rank_at_most_workers"].values())
-        lines.append(f"  and about {most / GIB:.1f} GiB for each of {told['workers']}")
+        lines.append(
+            f"  with {counted(ranks, 'rank')}, and {most / GIB:.1f} GiB with {told['workers']}"
+        )
     if any(told["config"]["offload"].values()):
         lines.append("  what is offloaded lies in the machine's memory, and is not counted")
     if told["fits"] is not None and not told["memory_compared"]:

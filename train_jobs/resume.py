@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.config import dump, load
+from cluster.console import counted
 from cluster.errors import ConfigError, JobError
 from train_jobs import attempts, checkpoint
 from train_jobs.config import FinetuneConfig
@@ -106,10 +107,13 @@ def describe(run: RunDir, config: FinetuneConfig, path: Path, line: str) -> str:
     """Return the text of ``--dry-run``."""
     meta, ranks = checkpoint.read_meta(path), config.run
     done, number = meta.progress, len(attempts.history(run)) + 1
-    some = f"{ranks.least_workers} to {ranks.workers}" if ranks.min_workers else f"{ranks.workers}"
-    wrote = "" if str(meta.world) == some else f" ({meta.world} wrote the checkpoint)"
+    some = counted(ranks.workers, "rank")
+    if ranks.min_workers:
+        some = f"{ranks.least_workers} to {some}"
+    same = meta.world == ranks.workers == ranks.least_workers
+    wrote = "" if same else f" ({meta.world} wrote the checkpoint)"
     return (
         f"run {run.id}: attempt {number} would go on after step {done.step} ({done.tokens} tokens "
-        f"in {done.seconds:.0f} s so far), with {some} ranks{wrote}, ZeRO {meta.zero}\n"
+        f"in {done.seconds:.0f} s so far), with {some}{wrote}, ZeRO {meta.zero}\n"
         f"from {path}\nby hand: {line}"
     )

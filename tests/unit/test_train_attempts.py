@@ -280,7 +280,7 @@ def test_tc09_resume_rehearses_with_another_number_of_ranks_too(
     fewer = ["--resume", run.id, "--dry-run", "--set", "run.workers=1"]
     assert finetune.main(fewer) == 0
     told = capsys.readouterr().out
-    assert "with 1 ranks (2 wrote the checkpoint), ZeRO 2" in told
+    assert "with 1 rank (2 wrote the checkpoint), ZeRO 2" in told
     assert f"--resume {run.id} --set run.workers=1" in told
     assert finetune.main([*fewer[:-1], "run.workers={min: 1, max: 2}"]) == 0
     assert "with 1 to 2 ranks (2 wrote" in capsys.readouterr().out
