@@ -7,6 +7,8 @@ largest of the ranks counts. The ratios are estimate over measurement.
 
     python -m benchmarks.memory --models smollm2=DIR,minilm=DIR --json FILE
     python -m benchmarks.memory --models minilm=DIR --cases full-z2-r2-m1
+
+``--measured FILE`` takes the peaks from an earlier result and only estimates anew.
 """
 
 from __future__ import annotations
@@ -160,24 +162,29 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def measure(home: Path, model: str, case: Case) -> dict[str, Any]:
-    """Run all ranks of one case; RuntimeError with their last words when one fails."""
+def write_run(home: Path, model: str, case: Case) -> Path:
+    """Write the configuration of one case; returns its run's folder."""
     run = home / "runs" / f"{model}-{case}"
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(case.fields(model, home / f"{model}.jsonl")))
+    return run
+
+
+def measure(run: Path, case: Case, home: Path) -> dict[str, Any]:
+    """Run all ranks of one case; RuntimeError with their last words when one fails."""
     env = {"ROUNDHOUSE_HOME": str(home), "OMP_NUM_THREADS": "1"}
     told = run_ranks("benchmarks.memory", ["--run", str(run)], case.ranks, env, START_S)
     return {**told[0], "bytes": max(one["peak"] - one["baseline"] for one in told)}
 
 
-def estimate(home: Path, model: str, case: Case) -> Mapping[str, int]:
+def estimate(run: Path) -> Mapping[str, int]:
     """Return what the rehearsal of the same run says."""
     from cluster.config import load
     from train_jobs.config import FinetuneConfig
     from train_jobs.estimate import of_task
     from train_jobs.task import Task
 
-    task = Task.load(load(home / "runs" / f"{model}-{case}" / "config.json", FinetuneConfig))
+    task = Task.load(load(run / "config.json", FinetuneConfig))
     return of_task(task, "float32")
 
 
@@ -186,6 +193,9 @@ def main() -> int:
     parser = arguments(__doc__ or "")
     parser.add_argument("--models", metavar="NAME=DIR,...", help="smollm2 and minilm")
     parser.add_argument("--cases", type=names_of([*CASES]), default=[*CASES], metavar="A,B")
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="an earlier result: estimate its peaks anew"
+    )
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--place", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -193,6 +203,7 @@ def main() -> int:
         return be_rank(args)
     given = dict(one.split("=", 1) for one in (args.models or "").split(",") if one)
     models = {name: Path(path) for name, path in given.items()} or {"smollm2": default_model()}
+    known = json.loads(args.measured.read_text())["config"]["parts"] if args.measured else {}
     client = ClientLoad()
     samples: dict[str, dict[str, list[float]]] = {}
     parts: dict[str, Any] = {}
@@ -203,8 +214,10 @@ def main() -> int:
         for model, path in models.items():
             publish(home, model, path)
             for name in args.cases:
-                peak = measure(home, model, CASES[name])
-                told = estimate(home, model, CASES[name])
+                run = write_run(home, model, CASES[name])
+                before = known.get(f"{model}-{name}")
+                peak = before["measured"] if before else measure(run, CASES[name], home)
+                told = estimate(run)
                 guess = sum(told.values())
                 parts[f"{model}-{name}"] = {**told, "measured": peak}
                 samples.setdefault(model, {})[f"peak_bytes_{name}"] = [peak["bytes"]]

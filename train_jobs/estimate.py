@@ -1,11 +1,11 @@
 """Memory of one rank, told before the run. Pure arithmetic, checked against measured runs.
 
 Two moments of a step are the fullest ones: the end of a forward pass, when every activation is
-there and no gradient, and the optimiser's step, when it is the other way round. Activations are
-counted as autograd keeps them, layer by layer; what each ZeRO stage holds follows DeepSpeed 0.19:
-whole gradients live until their bucket is reduced, stages 1 to 3 keep the shard that a rank owns
-beside them, and flatten that shard once more for the step. N trainable parameters, P all of them,
-W ranks.
+there, and the optimiser's step, when gradients and their shards are. Where CPU ranks exchange, the
+second finds the room of the first in pieces, and both count. Activations are counted as autograd
+keeps them, layer by layer; what each ZeRO stage holds follows DeepSpeed 0.19: whole gradients live
+until their bucket is reduced, stages 1 to 3 keep the shard that a rank owns beside them, and
+flatten that shard once more for the step. N trainable parameters, P all of them, W ranks.
 
 Where the model answers by itself before it learns, that is a third moment: keys and values of all
 answers, and nothing of the others. The reference of DPO and KTO adds nothing, also where all of the
@@ -134,14 +134,18 @@ def of_rank(
     # forward's end, or the step: what the fuller one has and the other lacks
     ahead = activations + logits + sum(said.values())
     behind = whole + owned + flattened
-    if config.accumulate > 1:  # gradients of the micro-batches before are there in a forward pass
+    # gradients of the micro-batches before are there in a forward pass; on a CPU the room for what
+    # several ranks exchange of them is not what activations leave behind, which is in pieces
+    on_cpu = not config.run.num_gpus
+    together = config.accumulate > 1 or (on_cpu and stage > 0 and ranks > 1)
+    if together:
         ahead, behind = ahead + whole + owned, flattened
     answering = cache > max(ahead, behind)  # of a step that has no gradients yet
     forward = ahead >= behind and not answering
     step = not (forward or answering)
     parts = {
         "weights": weights,
-        "gradients": whole + owned if step or forward and config.accumulate > 1 else 0,
+        "gradients": whole + owned if step or forward and together else 0,
         "optimiser": master + moments + (flattened if step else 0),
         "activations": activations if forward else 0,
         "logits": logits if forward else 0,

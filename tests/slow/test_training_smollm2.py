@@ -30,8 +30,8 @@ def data(smollm2: Path) -> Dataset:
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    run = {"steps": STEPS, **changes.pop("run", {})}
-    fields = {"optim": {"lr": 1e-4}, "batch": {"micro": 1, "total": 2}, "run": run}
+    usual = {"optim": {"lr": 1e-4}, "batch": {"micro": 1, "total": 2}, "run": {"steps": STEPS}}
+    fields = {key: value | changes.pop(key, {}) for key, value in usual.items()}
     return work.settings(data={"max_len": 128}, **fields, **changes)
 
 
