@@ -203,7 +203,8 @@ def main() -> int:
         return be_rank(args)
     given = dict(one.split("=", 1) for one in (args.models or "").split(",") if one)
     models = {name: Path(path) for name, path in given.items()} or {"smollm2": default_model()}
-    known = json.loads(args.measured.read_text())["config"]["parts"] if args.measured else {}
+    earlier = json.loads(args.measured.read_text()) if args.measured else None
+    known = earlier["config"]["parts"] if earlier else {}
     client = ClientLoad()
     samples: dict[str, dict[str, list[float]]] = {}
     parts: dict[str, Any] = {}
@@ -231,7 +232,9 @@ def main() -> int:
             mine = [abs(r - 1) for key, r in ratios.items() if key.startswith(f"{model}-")]
             ratios[f"estimate_error_{model}"] = max(mine)
             ratios[f"estimate_error_median_{model}"] = statistics.median(mine)
-    config = {"micro": MICRO, "row_tokens": MAX_LEN, "steps": STEPS, "parts": parts}
+    config: dict[str, Any] = {"micro": MICRO, "row_tokens": MAX_LEN, "steps": STEPS, "parts": parts}
+    if earlier:
+        config["peaks_of"] = {"created": earlier["created"], "commit": earlier["env"]["commit"]}
     return finish("memory", args, config, samples, ratios, TARGETS, client, "fresh processes")
 
 

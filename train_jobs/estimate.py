@@ -38,6 +38,8 @@ SLACK = {"decoder": 1.0, "encoder": 1.5, "seq2seq": 1.25}
 """What a CPU's allocator holds beside them for each byte of activations: it keeps freed memory, in
 pieces that do not fit what is asked next. Seen after eight steps; encoders that pad ask for more
 different sizes."""
+EXCHANGED_SLACK = {"encoder": 0.5}
+"""As much more where ranks exchange gradients between them."""
 GATHERED_SLACK = 0.35
 """As much more at stage 3, which gathers and frees parameters among the activations."""
 GPU_SLACK = 0.1
@@ -156,6 +158,8 @@ def of_rank(
         parts[what] = one.parameters * wide + (said[what] if forward else 0)
     live = sum(parts.values()) + buckets
     share = SLACK[shape.family] + (GATHERED_SLACK if stage == 3 else 0)
+    if ranks > 1:
+        share += EXCHANGED_SLACK.get(shape.family, 0.0)
     slack = GPU_SLACK * live if config.run.num_gpus else share * activations
     return parts | {"buffers": buckets + round(slack) + CODE_BYTES}
 
