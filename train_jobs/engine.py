@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -74,6 +75,24 @@ def build_engine(
     # ZeRO 3 can run a model only once the engine is there to gather its parameters
     objective.prepare(inner(engine.module))
     return engine, objective
+
+
+def forget(engine: Any) -> None:
+    """Let go of what an engine holds; whoever called it drops the last name for it.
+
+    Its hooks and its model would else hold each other, for as long as the process lives.
+    """
+    import torch
+
+    engine.destroy()
+    for parameter in engine.module.parameters():  # closures of stage 3 keep them, and the lists
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+        parameter.ds_tensor = parameter.grad = None
+    for kept in vars(engine.optimizer).values():
+        if isinstance(kept, list | dict):
+            kept.clear()
+    engine.optimizer = engine.module = None
+    gc.collect()
 
 
 @contextmanager

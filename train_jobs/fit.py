@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train_jobs import checkpoint
-from train_jobs.engine import open_all
+from train_jobs.engine import forget, open_all
 from train_jobs.group import Device
 from train_jobs.ports import World
 from train_jobs.progress import START, Progress
@@ -218,8 +217,8 @@ class Fit:
             return progress.step
         meta = checkpoint.read_meta(path)
         if meta.step != progress.step:
-            del self.engine, self.objective
-            gc.collect()
+            del self.objective
+            forget(self.engine)
             self.engine, self.objective, _ = open_all(
                 self.task, self.run, self.world, self.device, (path, meta)
             )

@@ -92,6 +92,15 @@ def test_tc03_every_parameter_gets_the_gradient_of_one_process(
         np.testing.assert_allclose(found[name], gradient, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_an_engine_that_is_let_go_leaves_nothing(
+    two: Ranks, base: Path, data: Dataset, zero: int
+) -> None:
+    fields = work.settings(zero=zero, run={"steps": 2})
+    left = two.run(work.forgotten, base, fields, data)
+    assert max(left) < 0.1, left
+
+
 def test_tc05_eight_rows_at_once_are_eight_times_one_with_unequal_tokens(
     one: Ranks, base: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import resource
 import threading
@@ -18,7 +19,7 @@ from train_jobs.config import FinetuneConfig
 from train_jobs.data.dataset import Dataset
 from train_jobs.data.example import trained_in
 from train_jobs.data.order import Order
-from train_jobs.engine import build_engine
+from train_jobs.engine import build_engine, forget
 from train_jobs.evaluate import evaluate
 from train_jobs.export import gathered, live_tensors, write_model
 from train_jobs.group import Device, Place
@@ -177,6 +178,27 @@ def gradients(place: Place, base: Path, fields: dict[str, Any], data: Dataset) -
     session.engine.step = looked
     session.train()
     return found
+
+
+def forgotten(place: Place, base: Path, fields: dict[str, Any], data: Dataset) -> float:
+    """Train, let go of the engine, and return the share of its memory that is still taken."""
+
+    def held() -> int:
+        storages = {
+            one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
+            for one in gc.get_objects()
+            if isinstance(one, torch.Tensor)
+        }
+        return sum(storages.values())
+
+    before = held()
+    session = Session(place, base, fields, data)
+    session.train()
+    most = held() - before
+    forget(session.engine)
+    del session
+    gc.collect()
+    return (held() - before) / most
 
 
 def mean_of_means(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
 from tests.parity.training_work import Session, digest
 from train_jobs.data.dataset import Dataset
+from train_jobs.engine import forget
 from train_jobs.group import Place
 
 
@@ -15,7 +15,9 @@ def losses(place: Place, base: Path, fields: dict[str, Any], data: Dataset) -> d
     """Train and return loss and gradient norm of each step."""
     session = Session(place, base, fields, data)
     session.train()
-    return curve(session)
+    told = curve(session)
+    forget(session.engine)
+    return told
 
 
 def curve(session: Session) -> dict[str, Any]:
@@ -32,8 +34,9 @@ def resumed(
     session = Session(place, base, fields, data)
     session.train(session.save(folder))
     whole = [curve(session)["loss"][at:], digest(session.whole())]
-    del session
-    gc.collect()
+    forget(session.engine)
     session = Session(place, base, fields, data)
     session.train(since=session.load(folder / f"step-{at:08d}"))
-    return {"whole": whole, "again": [curve(session)["loss"], digest(session.whole())]}
+    again = [curve(session)["loss"], digest(session.whole())]
+    forget(session.engine)
+    return {"whole": whole, "again": again}
