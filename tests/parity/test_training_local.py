@@ -245,3 +245,25 @@ def test_tc29_a_silent_rank_is_named_with_its_step(config: Path, how: signal.Sig
         named = f"lost contact with rank 1 (process {pid} on "
         assert named in told or "rank 1 failed: it was ended by SIGKILL" in told
     assert (run.read_result() or {})["status"] == "failed"
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_the_best_checkpoint_is_what_is_published(config: Path, zero: int) -> None:
+    """The last step has none: the engine is built anew for it."""
+    changes = ["adapter=null", f"zero={zero}", "run.steps=10", "publish.which=best"]
+    looks = ["run.evaluate_every=4", "run.best.metric=loss", "run.keep=2"]
+    asked = [word for one in (*changes, *looks) for word in ("--set", one)]
+    told = json.loads(finish_json(start("train", str(config), "--local", "1", "--json", *asked)))
+    records = [record for record, _ in RunDir(Path(told["path"])).read_metrics()]
+    seen = {
+        record["when"]: record["loss"] for record in records if record.get("event") == "evaluated"
+    }
+    best = min(("step 4", "step 8"), key=lambda when: seen[f"at {when}"])
+    assert told["published_step"] == int(best.removeprefix("step "))
+    assert seen["after"] == pytest.approx(seen[f"at {best}"], rel=1e-6)
+
+
+def finish_json(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out + err
+    return out
