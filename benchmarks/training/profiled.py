@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.training.cases import MAX_LEN, ROWS
-from benchmarks.training.sides import Probe
+from benchmarks.training.probe import Probe
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),

@@ -12,20 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.training.cases import MAX_LEN, RANKS
+from benchmarks.training.probe import Probe
 
 PROFILED = "roundhouse-profiled"
 OURS, DEEPSPEED, DDP_BF16 = "roundhouse", "hf-deepspeed-float32", "hf-ddp-bfloat16"
-
-
-class Probe:
-    """Looks on while our loop runs, and adds to what it tells."""
-
-    def after(self, step: int) -> None:
-        """See a step end."""
-
-    def found(self, last_step_s: float) -> dict[str, Any]:
-        """Return what was seen; every rank calls it while all are there."""
-        return {}
 
 
 def ours(
