@@ -1,4 +1,7 @@
-"""Fixtures of the tier: the real model, and ranks that may take minutes."""
+"""Fixtures of the tier: the real model, and ranks that may take minutes.
+
+They are new for each test: gigabytes that one leaves behind would be missing in the next.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,7 @@ __all__ = ["imported", "smollm2"]
 ANSWER_S = 1200.0
 
 
-@pytest.fixture(scope="module")
-def one() -> Iterator[Ranks]:
-    ranks = Ranks(1, ANSWER_S)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def two() -> Iterator[Ranks]:
     ranks = Ranks(2, ANSWER_S)
     yield ranks

@@ -12,6 +12,7 @@ from cluster.text.chat import ChatText
 from tests.parity import training_work as work
 from tests.parity.training_fixtures import Ranks
 from tests.slow import work as slow
+from tests.slow.conftest import ANSWER_S
 from train_jobs.data.dataset import Dataset, load_datasets
 from train_jobs.data.settings import Data
 from train_jobs.objectives.settings import ChatSFT
@@ -36,9 +37,13 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def reference(one: Ranks, smollm2: Path, data: Dataset) -> dict[str, Any]:
-    """One process, no stage."""
-    [outcome] = one.run(slow.losses, smollm2, settings(zero=0), data)
+def reference(smollm2: Path, data: Dataset) -> dict[str, Any]:
+    """One process, no stage; it ends before the others begin."""
+    one = Ranks(1, ANSWER_S)
+    try:
+        [outcome] = one.run(slow.losses, smollm2, settings(zero=0), data)
+    finally:
+        one.close()
     return outcome
 
 
