@@ -76,7 +76,10 @@ def test_train_publishes_the_next_version_with_its_lineage(cluster: Rig, config:
     assert [record["step"] for record in steps] == list(range(1, 9))
     assert {"loss", "lr", "grad_norm", "tokens_per_s", "trained_tokens", "eta_s"} <= set(steps[0])
     events = [record["event"] for record in records if "event" in record]
-    assert events == ["ready", "evaluated", "checkpoint", "checkpoint", "evaluated", "published"]
+    looks = ["evaluated", "checkpoint", "checkpoint", "evaluated"]
+    assert events == ["met", "ready", *looks, "published"]
+    logged = cluster.run("jobs", "logs", run.name).stdout  # also those of `ray job logs`
+    assert "step 8/8  loss " in logged
     assert (run / "checkpoints" / "step-00000008" / "COMPLETE").exists()
 
     version = Library(cluster.home / "library").verify(f"{NAME}@2")
