@@ -191,10 +191,14 @@ def ended(folder: Path) -> str | None:
 def accuse(folder: Path, rank: int, why: str) -> None:
     """Write down what a rank found wrong with the run; the first to find something is kept.
 
-    The others, who only lose contact with it, leave by themselves.
+    The others, who only lose contact with it, leave by themselves. Where it cannot be written, the
+    standard error has it: what was wrong is not to be hidden by a full disk.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_once(folder / WRONG, {"rank": rank, "why": why})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_once(folder / WRONG, {"rank": rank, "why": why})
+    except OSError as error:
+        sys.stderr.write(f"{folder / WRONG}: {error.strerror}: rank {rank} failed: {why}\n")
 
 
 def wrong(folder: Path) -> tuple[int, str] | None:

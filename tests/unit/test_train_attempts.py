@@ -265,6 +265,9 @@ def test_a_failure_is_told_where_it_cannot_be_written(
     run.fail("the loss is nan")
     assert run.read_result() is None
     assert "the run failed: the loss is nan" in capsys.readouterr().err
+    run.pulses.write_text("in the way")
+    accuse(run.pulses, 1, "a reward broke")
+    assert "rank 1 failed: a reward broke" in capsys.readouterr().err
 
 
 def test_tc09_resume_rehearses_with_another_number_of_ranks_too(
