@@ -13,6 +13,9 @@ from cluster.errors import ConfigError
 from cluster.options import AsJson, DryRun
 from train_jobs.verbs import Sets, complete_run, find_cluster, rehearsed
 
+HEAD = 2000
+"""Rows of each source that are read before a job is submitted."""
+
 if TYPE_CHECKING:
     from cluster.session import Cluster
     from train_jobs.config import FinetuneConfig
@@ -97,7 +100,9 @@ def _start(
 
     resolved = resolve(config, [*overrides, *([f"run.workers={local}"] if local else [])])
     short = timing.short(resolved) if time else None
-    task = Task.load(resolved)  # a bad row costs a second here, a minute on the cluster
+    elsewhere = not (local or dry_run or time)  # then a job reads the rest, on all machines
+    # a bad row costs a second here, a minute on the cluster
+    task = Task.load(resolved, head=HEAD if elsewhere else None)
     cluster = None if local else find_cluster(required=time or not dry_run)
     rehearsal = rehearsed(task, cluster, config, overrides) if dry_run else {}
     if dry_run and not time:

@@ -35,17 +35,20 @@ class Task:
     """The configuration's, with all that the data settles."""
 
     @classmethod
-    def load(cls, config: FinetuneConfig) -> Task:
+    def load(cls, config: FinetuneConfig, head: int | None = None) -> Task:
         """Read the base's tokenizer and the data; ConfigError names the file and the line.
 
-        Also ConfigError for a base that cannot be trained as the configuration asks.
+        Also ConfigError for a base that cannot be trained as the configuration asks. ``head``
+        bounds the rows of each source that are read: enough to refuse a run by, not to begin it.
         """
         base = Library().resolve(config.model)
         check_base(config, base)
-        data, measured = load_datasets(config.data, config.objective, base.path)
-        objective, data, measured = settle(
-            config.objective, base.path, data, measured, config.run.seed
-        )
+        objective = config.objective
+        data, measured = load_datasets(config.data, objective, base.path, head=head)
+        if not data.partial:
+            objective, data, measured = settle(
+                objective, base.path, data, measured, config.run.seed
+            )
         return cls(
             config,
             base,

@@ -21,11 +21,11 @@ from cluster.errors import ClusterError, ConfigError
 from cluster.home import home
 from tests.unit.data_fixtures import Loader, examples, jsonl, said, told
 from train_jobs.data import store, tokenise
-from train_jobs.data.dataset import hashes_of
+from train_jobs.data.dataset import Dataset, hashes_of, load_datasets
 from train_jobs.data.files.row import Row
 from train_jobs.data.settings import Data
 from train_jobs.data.store import Builder, Cache, Tokens
-from train_jobs.objectives.settings import DPO, CausalLM, SimPO
+from train_jobs.objectives.settings import DPO, CausalLM, ChatSFT, SimPO
 
 
 @pytest.fixture
@@ -295,6 +295,29 @@ def test_many_rows_go_to_tasks_in_a_ray_job_and_come_back_in_order(
     monkeypatch.setattr(tokenise, "MANY", 20)
     assert told(load(train=rows)) == here
     assert (fake.tasks, fake.most) == (10, 3)
+
+
+def test_the_head_of_a_source_is_enough_to_refuse_a_row_by_and_is_never_taken_for_the_whole(
+    tmp_path: Path, load: Loader
+) -> None:
+    def read(**data: Any) -> Dataset:
+        return load_datasets(Data(**data), ChatSFT(), load.base, head=4)[0]
+
+    good = [said("x", f"y{n}") for n in range(10)]
+    path = jsonl(tmp_path / "a.jsonl", good)
+    assert (read(train=path).partial, read(train=path).examples) == (True, 4)
+    few = jsonl(tmp_path / "few.jsonl", good[:4])
+    assert (read(train=few).partial, read(train=few).examples) == (False, 4)
+    assert load(train=path).examples == 10
+    assert not read(train=path).partial, "all of its tokens are there by now"
+    # what other rows could make good is not refused: a split of nothing, doubles of each other
+    same = jsonl(tmp_path / "same.jsonl", [good[0]] * 10 + good)
+    assert read(train=same, split=0.001, deduplicate="exact").examples == 4
+    late = jsonl(tmp_path / "late.jsonl", [*good, "{", *good])
+    assert read(train=late).examples == 4, "the job will find it"
+    early = jsonl(tmp_path / "early.jsonl", [good[0], "{", *good])
+    with pytest.raises(ConfigError, match=r"early\.jsonl:2: "):
+        read(train=early)
 
 
 def test_data_hashes_cover_every_file(tmp_path: Path, load: Loader, rows: Path) -> None:

@@ -33,6 +33,9 @@ from train_jobs.objectives.settings import Objective
 
 Row = tuple[Example, ...]
 
+LENIENT = {"max_bad_share": 1.0, "max_empty_share": 1.0, "split": 0.0, "deduplicate": "none"}
+"""For the head of a source: nothing is refused that the rows behind it could make good."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -68,6 +71,8 @@ class Dataset:
     report: Report = field(default_factory=Report)
     hashes: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of each source file: what lineage remembers."""
+    partial: bool = False
+    """Whether a source has more rows than were read: nothing is known of the whole."""
 
     @property
     def examples(self) -> int:
@@ -177,30 +182,47 @@ class Rows(Sequence[Row]):
 
 
 def load_datasets(
-    config: Data, objective: Objective, base: Path, cache: Cache | None = None
+    config: Data,
+    objective: Objective,
+    base: Path,
+    cache: Cache | None = None,
+    head: int | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """Read, tokenise and pack what a run learns from, and what it is measured on.
 
-    Not packed, every example is a row of its own.
+    Not packed, every example is a row of its own. ``head`` bounds the rows of each source that
+    are read; of longer ones nothing is refused that other rows could make good.
 
     Raises:
         ConfigError: a source or a row that cannot be; an example longer than ``max_len``; more
             bad rows, or rows without a trained token, than the configuration allows.
     """
-    packed, shape = objective.packed, shape_of(objective, config.max_len)
     opened(objective, base)  # refuses what cannot be, also where all tokens are there already
-    train, heldout = _Part.read(config.train, config, objective, base, shape, cache), None
-    if config.heldout:
-        heldout = _Part.read(config.heldout, config, objective, base, shape, cache)
-    elif config.split:
-        train, heldout = train.divided(config.split)
-    train = train.unique(config.deduplicate)
+
+    def read(sources: Sequence[Source]) -> list[tuple[Tokens, dict[str, str]]]:
+        return [tokens_of(one, config, objective, base, cache, head) for one in sources]
+
+    learnt, measured = read(config.train), read(config.heldout) if config.heldout else None
+    partial = any(tokens.partial for tokens, _ in (*learnt, *(measured or ())))
+    rules = config.model_copy(update=LENIENT) if partial else config
+    shape = shape_of(objective, config.max_len)
+    train, heldout = _Part.of(learnt, config.train, rules, shape), None
+    if config.heldout and measured:
+        heldout = _Part.of(measured, config.heldout, rules, shape)
+    elif rules.split:
+        train, heldout = train.divided(rules.split)
+    train = train.unique(rules.deduplicate)
     if heldout:
-        heldout = heldout.unique(config.deduplicate)
-        train = train.apart_from(heldout, config.deduplicate)
-    train = train.weighed([source.weight for source in config.train])
-    names = short_names([*train.hashes, *(heldout.hashes if heldout else ())])
-    return train.rows(packed, names), heldout.rows(packed, names) if heldout else None
+        heldout = heldout.unique(rules.deduplicate)
+        train = train.apart_from(heldout, rules.deduplicate)
+    if not partial:
+        train = train.weighed([source.weight for source in config.train])
+    names, packed = (
+        short_names([*train.hashes, *(heldout.hashes if heldout else ())]),
+        objective.packed,
+    )
+    kept = train.rows(packed, names), heldout.rows(packed, names) if heldout else None
+    return replace(kept[0], partial=partial), kept[1]
 
 
 def hashes_of(config: Data) -> dict[str, str]:
@@ -242,16 +264,13 @@ class _Part:
     hashes: Mapping[str, str]
 
     @classmethod
-    def read(
+    def of(
         cls,
+        read: Sequence[tuple[Tokens, dict[str, str]]],
         sources: Sequence[Source],
         config: Data,
-        objective: Objective,
-        base: Path,
         shape: Shape,
-        cache: Cache | None,
     ) -> _Part:
-        read = [tokens_of(source, config, objective, base, cache) for source in sources]
         tokens = [found for found, _ in read]
         _check_bad(tokens, config.max_bad_share)
         if not any(map(len, tokens)):

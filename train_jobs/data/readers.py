@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from cluster.errors import ConfigError
@@ -47,6 +48,8 @@ class Files:
 
     source: Source
     paths: tuple[Path, ...]
+    limit: int | None = None
+    """Of rows: what is behind them is not looked at."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,6 +58,9 @@ class Files:
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows of every file. ConfigError for a file that cannot be read at all."""
+        return islice(self._rows(), self.limit)
+
+    def _rows(self) -> Iterator[Row]:
         for number, path in enumerate(self.paths):
             for row in reader_of(path, self.source)(path, self.source):
                 yield Row(number, row.line, row.fields, row.bad)

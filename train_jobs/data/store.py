@@ -104,6 +104,8 @@ class Tokens:
     first: NDArray[np.int64]
     """Document each example begins with, and the end of the last."""
     label_starts: NDArray[np.int64]
+    partial: bool = False
+    """Whether the source has more rows than were read."""
 
     def __len__(self) -> int:
         return len(self.arrays["docs"])

@@ -11,7 +11,7 @@ import json
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -68,9 +68,16 @@ class Work:
 
 
 def tokens_of(
-    source: Source, config: Data, objective: Objective, base: Path, cache: Cache | None = None
+    source: Source,
+    config: Data,
+    objective: Objective,
+    base: Path,
+    cache: Cache | None = None,
+    head: int | None = None,
 ) -> tuple[Tokens, dict[str, str]]:
     """Return the examples of a source, made now or before, and the SHA-256 of its files.
+
+    With ``head`` only those of as many rows, where the source has more and they are not there yet.
 
     Raises:
         ConfigError: the source cannot be read; a row is bad and ``on_bad_row`` is ``fail``.
@@ -80,6 +87,9 @@ def tokens_of(
     hashes = files.hashes()
     key = key_of(source, hashes, config, objective, base)
     found = cache.find(key, files.names)
+    if found is None and head is not None and longer(files, head):
+        files, key = replace(files, limit=head), f"{key}.{head}"
+        found = cache.find(key, files.names)
     if found is None:
         with cache.making(key):
             found = cache.find(key, files.names)
@@ -88,9 +98,15 @@ def tokens_of(
                 cache.write(key, chunks, form)
                 found = cache.find(key, files.names)
     assert found is not None, "an entry that was just written can be read"
+    found = replace(found, partial=files.limit is not None)
     if found.index["bad"] and config.on_bad_row == "fail":
         raise ConfigError(found.bad_rows()[0])
     return found, hashes
+
+
+def longer(files: readers.Files, head: int) -> bool:
+    """Say whether there are more than ``head`` rows, reading one more at most."""
+    return sum(1 for _ in islice(files.rows(), head + 1)) > head
 
 
 def key_of(
