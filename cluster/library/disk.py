@@ -175,18 +175,31 @@ def _own(lock: Path) -> int:
         os.close(fd)
 
 
-def _sweep(area: Path) -> None:
-    """Remove what ended processes left: their locks are free."""
-    for lock in area.glob("*.lock"):
-        try:
-            fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        try:
-            if _try_lock(fd):
-                _clear(lock.with_suffix(""), lock)
-        finally:
+@contextmanager
+def dead_stages(root: Path) -> Iterator[list[Path]]:
+    """Yield the staging directories of ended processes, theirs no more while the block runs."""
+    taken: list[tuple[int, Path]] = []
+    try:
+        for lock in sorted((root / ".staging").glob("*.lock")):
+            with suppress(FileNotFoundError):
+                fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+                if _try_lock(fd):  # its lock has died with its process
+                    taken.append((fd, lock))
+                else:
+                    os.close(fd)
+        yield [place for _, lock in taken if (place := lock.with_suffix("")).exists()]
+    finally:
+        for fd, lock in taken:
+            if not lock.with_suffix("").exists():
+                lock.unlink(missing_ok=True)
             os.close(fd)
+
+
+def _sweep(area: Path) -> None:
+    """Remove what ended processes left."""
+    with dead_stages(area.parent) as places:
+        for place in places:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _clear(place: Path, lock: Path) -> None:

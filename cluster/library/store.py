@@ -5,8 +5,8 @@
     <root>/models/<name>/evaluations/<n>/...     see `cluster.library.evaluations`
 
 A version is staged beside, hashed, flushed to disk, and appears by one rename, manifest and all.
-A number is taken by making its directory, which stays empty after a crash or a removal: numbers
-are never used twice. Readers need no lock.
+A number is taken by making its directory, which stays after a crash or a removal: numbers are
+never used twice. Readers need no lock; what dead writers left, `cluster.library.garbage` clears.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import shutil
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from pathlib import Path
 from cluster.errors import ConfigError, Corrupt, LibraryError, UnknownModel
 from cluster.home import library_dir
 from cluster.library import aliases as alias_file
-from cluster.library import evaluations
+from cluster.library import evaluations, layout
 from cluster.library.aliases import AliasMove
 from cluster.library.disk import (
     copy_hashed,
@@ -45,8 +45,11 @@ from cluster.library.manifest import (
     Manifest,
     read_manifest,
 )
-from cluster.library.ref import ALIAS, CHAMPION, NAME, Ref
+from cluster.library.ref import ALIAS, CHAMPION, Ref
+from cluster.library.references import referrers
 
+RETRIES = 100
+"""Times a reference is looked up again while others move the alias and remove what it was."""
 _URL = re.compile(r"(^|/)[a-z][a-z0-9+]+:/")
 
 
@@ -80,11 +83,15 @@ class Library:
 
     def names(self) -> list[str]:
         """Return the models that have at least one version, sorted."""
-        return sorted(name for name in _children(self.root / "models") if self.versions(name))
+        return sorted(name for name in layout.children(self.root / "models") if self.versions(name))
 
     def versions(self, name: str) -> list[Version]:
         """Return the versions of a model, ascending; an unknown name has none."""
-        return [found for number in self._numbers(name) if (found := self._valid(name, number))]
+        return [
+            found
+            for number in layout.numbers(self.root, name)
+            if (found := self._valid(name, number))
+        ]
 
     def get(self, name: str, number: int) -> Version:
         """Return one version. Raises UnknownModel, or Corrupt when its manifest is damaged."""
@@ -105,6 +112,19 @@ class Library:
                 f"{ref}: a version of a running job is not in the library; wait until the job has "
                 f"published it, or use {ref.name}"
             )
+        seen = None
+        for _ in range(RETRIES):
+            try:
+                return self._meant(ref)
+            except UnknownModel:
+                # the alias may have moved, and what it was removed, between our two looks
+                now = (self.aliases(ref.name), [v.number for v in self.versions(ref.name)])
+                if ref.version or now == seen:
+                    raise
+                seen = now
+        raise self._unknown(ref)
+
+    def _meant(self, ref: Ref) -> Version:
         if ref.version:
             return self.get(ref.name, ref.version)
         pointed = self.aliases(ref.name)
@@ -195,9 +215,10 @@ class Library:
                     problems.append(f"{file}: differs from its hash")
             except OSError as error:
                 problems.append(f"{file}: {error.strerror or error}")
-        extra = set(_children(version.path)) - set(version.manifest.files) - {MANIFEST}
+        extra = set(layout.children(version.path)) - set(version.manifest.files) - {MANIFEST}
         problems += [f"{file}: not in the manifest" for file in sorted(extra)]
         if problems:
+            self.get(version.name, version.number)  # or it was removed while we read
             raise Corrupt(
                 f"{version.ref} is damaged: {'; '.join(problems[:8])}; remove it with "
                 f"`roundhouse models rm {version.ref}` and import or publish it again"
@@ -209,14 +230,19 @@ class Library:
 
         Raises LibraryError when something is there, Corrupt when a file differs from its hash.
         """
-        if directory.exists() and (not directory.is_dir() or _children(directory)):
+        if directory.exists() and (not directory.is_dir() or layout.children(directory)):
             raise LibraryError(f"{directory}: something is there; give a new or empty directory")
         size = version.manifest.size
         with explained(f"export {version.ref}", directory, size):
             directory.mkdir(parents=True, exist_ok=True)
             need(directory, size)
             for file, entry in version.manifest.files.items():
-                if copy_hashed(version.path / file, directory / file)[0] != entry.sha256:
+                try:
+                    sha256 = copy_hashed(version.path / file, directory / file)[0]
+                except FileNotFoundError:
+                    self.get(version.name, version.number)  # or it was removed while we read
+                    raise
+                if sha256 != entry.sha256:
                     raise Corrupt(f"{version.ref}: {file} differs from its hash; do not use it")
 
     def evaluations(self, version: Version) -> list[Evaluation]:
@@ -226,7 +252,8 @@ class Library:
     def remove(self, ref: str | Ref) -> None:
         """Delete one version, given by number; its number is not used again.
 
-        Raises LibraryError while an alias points to it, UnknownModel when there is none.
+        Raises LibraryError while an alias points to it or another version names it, UnknownModel
+        when there is none.
         """
         ref = Ref.parse(ref) if isinstance(ref, str) else ref
         if ref.version is None:
@@ -235,40 +262,84 @@ class Library:
         if not (directory / MANIFEST).exists():
             raise self._unknown(ref)
         with locked(self._home(ref.name) / ".lock", f"remove {ref}"):
-            pointing = [a for a, number in self.aliases(ref.name).items() if number == ref.version]
-            if pointing:
-                raise LibraryError(
-                    f"{ref}: {', '.join(f'@{alias}' for alias in pointing)} points to it; promote "
-                    "another version first"
-                )
-            # without its manifest a version does not exist; what a crash leaves here, the next
-            # publish or removal clears. The empty directory keeps the number taken.
+            with self._references(f"remove {ref}"):
+                if not (directory / MANIFEST).exists():  # while we waited
+                    raise self._unknown(ref)
+                self.check_unneeded(ref)
+                # without its manifest a version does not exist; under its other name it keeps the
+                # number taken, and says what it was
+                with explained(f"remove {ref}", directory, 0):
+                    os.rename(directory / MANIFEST, directory / layout.REMOVED)
+                    fsync_dir(directory)
             with explained(f"remove {ref}", directory, 0):
-                (directory / MANIFEST).unlink(missing_ok=True)
-                fsync_dir(directory)
-                _empty(directory)
+                layout.empty(directory)
                 evaluations.forget(self.root, ref.name, ref.version)
+
+    def check_unneeded(self, ref: Ref) -> None:
+        """Raise LibraryError, naming who, while an alias or another version needs this one."""
+        pointing = [a for a, number in self.aliases(ref.name).items() if number == ref.version]
+        if pointing:
+            raise LibraryError(
+                f"{ref}: {', '.join(f'@{alias}' for alias in pointing)} points to it; promote "
+                "another version first"
+            )
+        if needed_by := referrers(self.manifests(), str(ref)):
+            more = f" and {len(needed_by) - 4} more" if len(needed_by) > 4 else ""
+            raise LibraryError(
+                f"{ref}: {', '.join(needed_by[:4])}{more} was made with it; remove what was made "
+                "first"
+            )
+
+    def removed(self, name: str, number: int) -> Manifest | None:
+        """Return the manifest that a version had before it was removed, if one is kept."""
+        try:
+            return read_manifest(self._directory(name, number) / layout.REMOVED)
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    def manifests(self) -> list[Manifest]:
+        """Return the manifest of every version of every model; damaged ones are left out."""
+        return [v.manifest for name in self.names() for v in self.versions(name)]
 
     def _appear(self, name: str, place: Path, draft: Manifest) -> Version:
         """Take the next number and make ``place`` that version, in one rename."""
         with locked(self._home(name) / ".lock", f"publish {name}"):
-            number = max(self._numbers(name), default=0) + 1
+            number = max(layout.numbers(self.root, name), default=0) + 1
             directory = self._directory(name, number)
             directory.mkdir()
             manifest = draft.model_copy(update={"version": number}).sealed()
             text = manifest.model_dump_json(indent=2) + "\n"
             write_durably(place / MANIFEST, text.encode())
-            os.rename(place, directory)  # onto the empty directory: all files at once, or none
+            with self._references(f"publish {name}"):
+                self._check_base(manifest)
+                os.rename(place, directory)  # onto the empty directory: all at once, or none
             fsync_dir(directory.parent)
         return Version(name, number, directory, manifest)
+
+    def _references(self, what: str) -> AbstractContextManager[None]:
+        """Hold what keeps a version from being removed while another one appears that names it.
+
+        Taken inside a name's lock, never around it.
+        """
+        return locked(self.root / ".lock", what)
+
+    def _check_base(self, manifest: Manifest) -> None:
+        """Raise UnknownModel for an adapter whose base has gone: nothing could be done with it.
+
+        A model that was trained whole outlives its base, and its training must not be lost.
+        """
+        if manifest.kind == "adapter" and manifest.base:
+            base = Ref.parse(manifest.base)
+            if base.version and not (self._directory(base.name, base.version) / MANIFEST).exists():
+                raise self._unknown(base)
 
     def _sweep(self, name: str) -> None:
         """Clear what an interrupted removal left: files of a version without a manifest."""
         with locked(self._home(name) / ".lock", f"publish {name}"):
-            for number in self._numbers(name):
+            for number in layout.numbers(self.root, name):
                 directory = self._directory(name, number)
                 if not (directory / MANIFEST).exists():
-                    _empty(directory)
+                    layout.empty(directory)
 
     def _read(self, name: str, number: int) -> Version | None:
         """Return a version, ``None`` when there is no manifest; Corrupt when it is damaged."""
@@ -298,20 +369,11 @@ class Library:
         except Corrupt:
             return None
 
-    def _numbers(self, name: str) -> list[int]:
-        children = _children(self._home(name) / "versions")
-        return sorted(int(text) for text in children if re.fullmatch(r"[1-9]\d{0,8}", text))
-
     def _home(self, name: str) -> Path:
-        if not NAME.fullmatch(name):
-            raise ConfigError(
-                f"model name {name!r:.80}: 1 to 64 of a-z 0-9 . _ -, starting with a letter or "
-                "digit, as in smollm2-135m-instruct"
-            )
-        return self.root / "models" / name
+        return layout.home(self.root, name)
 
     def _directory(self, name: str, number: int) -> Path:
-        return self._home(name) / "versions" / str(int(number))
+        return layout.directory(self.root, name, number)
 
     def _unknown(self, ref: Ref) -> UnknownModel:
         versions = self.versions(ref.name)
@@ -342,18 +404,3 @@ def _manifest(name: str, taken: Intake, files: dict[str, FileEntry], facts: Fact
         tokenizer="tokenizer.json" in files,
         chat_template=taken.chat_template,
     )
-
-
-def _children(directory: Path) -> list[str]:
-    try:
-        return [name for name in os.listdir(directory) if not name.startswith(".")]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _empty(directory: Path) -> None:
-    for path in directory.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

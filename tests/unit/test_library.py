@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 from collections import namedtuple
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,9 @@ from cluster.errors import (
     NotEnough,
     UnknownModel,
 )
-from cluster.library import disk
+from cluster.library import disk, store
 from cluster.library.manifest import MANIFEST, Facts, Lineage
-from cluster.library.store import Library
+from cluster.library.store import Library, Version
 from tests.unit.library_fixtures import model
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -209,6 +210,86 @@ def test_t34_publishes_and_promotions_at_once(library: Library, source: Path) ->
     assert [move.before for move in history] == [None, *(move.to for move in history[:-1])]
     for version in library.versions("tiny"):
         library.verify(version.ref)
+
+
+def test_t34_an_alias_that_moves_while_it_is_looked_up_is_found(
+    library: Library, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        library.publish("tiny", source, Facts())
+    library.move_alias("tiny", "champion", 1, None, "me")
+    real = Library.get
+
+    def late(self: Library, name: str, number: int) -> Version:
+        if number == 1 and library.aliases("tiny")["champion"] == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(Library, "get", real)
+                library.move_alias("tiny", "champion", 2, 1, "somebody else")
+                library.remove("tiny@1")
+        return real(self, name, number)
+
+    monkeypatch.setattr(Library, "get", late)
+    assert library.resolve("tiny@champion").number == 2
+
+
+def test_t34_a_version_removed_while_it_is_read_is_not_called_damaged(
+    library: Library, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for act in (
+        lambda version: library.verify(version),
+        lambda version: library.export(version, tmp_path / "out"),
+    ):
+        version = library.publish("tiny", source, Facts())
+        found = library.resolve(version.ref)
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "resolve", lambda _, found=found: found)
+            library.remove(version.ref)
+            with pytest.raises(UnknownModel, match=f"{version.ref}: no such model"):
+                act(version)
+
+
+def test_t34_of_two_removals_one_says_that_there_was_nothing(
+    library: Library, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.publish("tiny", source, Facts())
+    real = disk.locked
+
+    def slow(path: Path, what: str) -> AbstractContextManager[None]:
+        monkeypatch.setattr(store, "locked", real)
+        library.remove("tiny@1")  # while the other waits for the lock
+        return real(path, what)
+
+    monkeypatch.setattr(store, "locked", slow)
+    with pytest.raises(UnknownModel):
+        library.remove("tiny@1")
+
+
+def test_rc07_what_others_were_made_with_is_not_removed(library: Library, source: Path) -> None:
+    library.publish("tiny", source, Facts())
+    library.publish("teacher", source, Facts())
+    lineage = Lineage(run_id="r1", config_hash="c", models={"teacher": "teacher@1"})
+    library.publish("student", source, Facts(base="tiny@1", lineage=lineage))
+    with pytest.raises(LibraryError, match=r"tiny@1: student@1 \(base\) was made with it; remove"):
+        library.remove("tiny@1")
+    with pytest.raises(LibraryError, match=r"teacher@1: student@1 \(teacher\) was made with it"):
+        library.remove("teacher@1")
+    library.verify("tiny@1")
+    library.remove("student@1")
+    library.remove("teacher@1")
+    library.remove("tiny@1")
+    assert library.names() == []
+    kept = library.removed("student", 1)
+    assert kept is not None
+    assert kept.lineage == lineage
+
+
+def test_an_adapter_without_its_base_does_not_appear(library: Library, source: Path) -> None:
+    facts = Facts(kind="adapter", base="tiny@1")
+    with pytest.raises(UnknownModel, match="tiny@1: no such model"):
+        library.publish("lora", source, facts)
+    assert library.versions("lora") == []
+    library.publish("tiny", source, Facts())
+    assert library.publish("lora", source, facts).manifest.base == "tiny@1"
 
 
 def test_t35_a_flipped_byte_is_found_in_every_file(library: Library, source: Path) -> None:
