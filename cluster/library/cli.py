@@ -1,4 +1,4 @@
-"""``roundhouse models ...``: import, list, show, verify, export, rm."""
+"""``roundhouse models ...``: import, list, show, verify, export, rm, gc."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from cluster import console
 from cluster.errors import ConfigError, Corrupt, LibraryError
+from cluster.library.gc_cli import gc
 from cluster.options import AsJson, DryRun, Ref, complete_version
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ models = typer.Typer(help="The model library.", no_args_is_help=True)
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
+    models.command()(gc)
     app.add_typer(models, name="models")
 
 
@@ -87,8 +89,8 @@ def list_(as_json: AsJson = False) -> None:
         manifest = version.manifest
         made = f"trained from {manifest.base}" if manifest.lineage else "imported"
         aliases = ", ".join(_aliases(library, version)) or "-"
-        size = _size(manifest.size)
-        rows.append((version.ref, aliases, _parameters(version), manifest.dtype, size, made))
+        told = (_parameters(version), manifest.dtype, size(manifest.size), made)
+        rows.append((version.ref, aliases, *told))
     console.table("models", ["version", "aliases", "parameters", "dtype", "size", "made"], rows)
     if not rows:
         console.out("add one with `roundhouse models import SOURCE`")
@@ -141,7 +143,7 @@ def show(ref: Ref, as_json: AsJson = False) -> None:
     if measured:
         told = evaluations.lines(measured)
         console.table("evaluations", ["of what", "figures with 95% intervals", "when"], told)
-    rows = [(file, _size(entry.size), entry.sha256) for file, entry in manifest.files.items()]
+    rows = [(file, size(entry.size), entry.sha256) for file, entry in manifest.files.items()]
     console.table("files", ["file", "size", "sha256"], rows)
 
 
@@ -152,7 +154,7 @@ def verify(ref: Ref, as_json: AsJson = False) -> None:
     library = _library()
     version = library.verify(ref)
     files = len(version.manifest.files)
-    console.out(f"{version.ref}: {files} files, {_size(version.manifest.size)}, all as published")
+    console.out(f"{version.ref}: {files} files, {size(version.manifest.size)}, all as published")
     console.result({"ref": version.ref, "ok": True, "files": files})
 
 
@@ -180,9 +182,10 @@ def rm(
         raise LibraryError(f"{ref}: name the version to remove, as in {parsed.name}@3")
     try:
         version = library.get(parsed.name, parsed.version)
-        what = f"{version.ref} ({_size(version.manifest.size)}, {version.path})"
+        what = f"{version.ref} ({size(version.manifest.size)}, {version.path})"
     except Corrupt as error:  # a damaged version is what one most wants to remove
         what = f"{ref}, which is damaged ({error})"
+    library.check_unneeded(parsed)
     if dry_run:
         console.out(f"would remove {what}")
         console.result({"dry_run": True, "ref": ref})
@@ -208,7 +211,7 @@ def export(
     library = _library()
     version = library.resolve(ref)
     if dry_run:
-        console.out(f"would copy {version.ref} ({_size(version.manifest.size)}) to {directory}")
+        console.out(f"would copy {version.ref} ({size(version.manifest.size)}) to {directory}")
     else:
         library.export(version, directory)
         console.out(f"copied {version.ref} to {directory}")
@@ -263,7 +266,7 @@ def _described(version: Version) -> str:
         manifest.architecture.model_type,
         f"{_parameters(version)} parameters",
         manifest.dtype,
-        _size(manifest.size),
+        size(manifest.size),
         None if manifest.tokenizer else "no tokenizer",
         None if manifest.chat_template else "no chat template",
     ]
@@ -278,5 +281,6 @@ def _parameters(version: Version) -> str:
     return str(count)
 
 
-def _size(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
+def size(count: int) -> str:
+    """Return bytes as people read them: ``270 MB``."""
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
