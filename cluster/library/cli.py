@@ -11,7 +11,9 @@ import typer
 
 from cluster import console
 from cluster.errors import ConfigError, Corrupt, LibraryError
+from cluster.library.disk import readable
 from cluster.library.gc_cli import gc
+from cluster.library.lineage_cli import lineage
 from cluster.options import AsJson, DryRun, Ref, complete_version
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ models = typer.Typer(help="The model library.", no_args_is_help=True)
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     models.command()(gc)
+    app.command()(lineage)
     app.add_typer(models, name="models")
 
 
@@ -89,7 +92,7 @@ def list_(as_json: AsJson = False) -> None:
         manifest = version.manifest
         made = f"trained from {manifest.base}" if manifest.lineage else "imported"
         aliases = ", ".join(_aliases(library, version)) or "-"
-        told = (_parameters(version), manifest.dtype, size(manifest.size), made)
+        told = (_parameters(version), manifest.dtype, readable(manifest.size), made)
         rows.append((version.ref, aliases, *told))
     console.table("models", ["version", "aliases", "parameters", "dtype", "size", "made"], rows)
     if not rows:
@@ -115,21 +118,21 @@ def show(ref: Ref, as_json: AsJson = False) -> None:
         console.result(document)
         return
     console.out(f"{version.ref}: {_described(version)}")
-    lineage, origin = manifest.lineage, manifest.origin
+    made, origin = manifest.lineage, manifest.origin
     lines = {
         "aliases": ", ".join(_aliases(library, version)),
         "path": version.path,
         "created": manifest.created,
         "origin": origin.source if origin else None,
         "base": manifest.base,
-        "run": lineage.run_id if lineage else None,
-        "config hash": lineage.config_hash if lineage else None,
-        "code": lineage.code_revision if lineage else None,
+        "run": made.run_id if made else None,
+        "config hash": made.config_hash if made else None,
+        "code": made.code_revision if made else None,
         "licence": manifest.licence,
         "digest": manifest.digest,
     }
-    lines |= lineage.models if lineage else {}
-    lines |= {f"data {file}": sha for file, sha in (lineage.data_hashes if lineage else {}).items()}
+    lines |= made.models if made else {}
+    lines |= {f"data {file}": sha for file, sha in (made.data_hashes if made else {}).items()}
     lines |= {f"metric {key}": f"{value:.6g}" for key, value in manifest.metrics.items()}
     for label, value in lines.items():
         if value:
@@ -143,7 +146,7 @@ def show(ref: Ref, as_json: AsJson = False) -> None:
     if measured:
         told = evaluations.lines(measured)
         console.table("evaluations", ["of what", "figures with 95% intervals", "when"], told)
-    rows = [(file, size(entry.size), entry.sha256) for file, entry in manifest.files.items()]
+    rows = [(file, readable(entry.size), entry.sha256) for file, entry in manifest.files.items()]
     console.table("files", ["file", "size", "sha256"], rows)
 
 
@@ -154,7 +157,9 @@ def verify(ref: Ref, as_json: AsJson = False) -> None:
     library = _library()
     version = library.verify(ref)
     files = len(version.manifest.files)
-    console.out(f"{version.ref}: {files} files, {size(version.manifest.size)}, all as published")
+    console.out(
+        f"{version.ref}: {files} files, {readable(version.manifest.size)}, all as published"
+    )
     console.result({"ref": version.ref, "ok": True, "files": files})
 
 
@@ -182,7 +187,7 @@ def rm(
         raise LibraryError(f"{ref}: name the version to remove, as in {parsed.name}@3")
     try:
         version = library.get(parsed.name, parsed.version)
-        what = f"{version.ref} ({size(version.manifest.size)}, {version.path})"
+        what = f"{version.ref} ({readable(version.manifest.size)}, {version.path})"
     except Corrupt as error:  # a damaged version is what one most wants to remove
         what = f"{ref}, which is damaged ({error})"
     library.check_unneeded(parsed)
@@ -211,7 +216,7 @@ def export(
     library = _library()
     version = library.resolve(ref)
     if dry_run:
-        console.out(f"would copy {version.ref} ({size(version.manifest.size)}) to {directory}")
+        console.out(f"would copy {version.ref} ({readable(version.manifest.size)}) to {directory}")
     else:
         library.export(version, directory)
         console.out(f"copied {version.ref} to {directory}")
@@ -266,7 +271,7 @@ def _described(version: Version) -> str:
         manifest.architecture.model_type,
         f"{_parameters(version)} parameters",
         manifest.dtype,
-        size(manifest.size),
+        readable(manifest.size),
         None if manifest.tokenizer else "no tokenizer",
         None if manifest.chat_template else "no chat template",
     ]
@@ -279,8 +284,3 @@ def _parameters(version: Version) -> str:
         if count >= scale:
             return f"{count / scale:.3g}{unit}"
     return str(count)
-
-
-def size(count: int) -> str:
-    """Return bytes as people read them: ``270 MB``."""
-    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

@@ -223,5 +223,10 @@ def _write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
+def readable(count: int) -> str:
+    """Return a number of bytes as people read it: ``270 MB``."""
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
+
+
 def _mb(size: int) -> str:
     return f"{size / 1e6:,.0f} MB"

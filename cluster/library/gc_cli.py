@@ -9,6 +9,7 @@ import typer
 
 from cluster import console
 from cluster.errors import ConfigError
+from cluster.library.disk import readable
 from cluster.options import AsJson, DryRun
 
 
@@ -28,7 +29,6 @@ def gc(
 ) -> None:
     """Remove what killed processes left, and with --keep old versions that nobody needs."""
     console.use_json(as_json)
-    from cluster.library.cli import size
     from cluster.library.garbage import collect, garbage_of, retire, unneeded
     from cluster.library.store import Library
 
@@ -46,12 +46,12 @@ def gc(
     gone = [*collect(library, dry_run), *gone]
     total = sum(one.size for one in gone)
     if not as_json:
-        rows = [(one.what, one.where, size(one.size)) for one in gone]
+        rows = [(one.what, one.where, readable(one.size)) for one in gone]
         console.table("garbage", ("what", "where", "size"), rows)
     for why in stayed:
         console.out(f"stays: {why}")
     would = "would free" if dry_run else "freed"
-    console.out(f"{would} {size(total)} ({console.counted(len(gone), 'thing')})")
+    console.out(f"{would} {readable(total)} ({console.counted(len(gone), 'thing')})")
     console.result(
         {
             "dry_run": dry_run,
