@@ -1,4 +1,4 @@
-"""``roundhouse models ...``: import, list, show, verify, export, rm, gc."""
+"""``roundhouse models ...``: import, list, show, verify, sign, export, rm, gc."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cluster.errors import ConfigError, Corrupt, LibraryError
 from cluster.library.disk import readable
 from cluster.library.gc_cli import gc
 from cluster.library.lineage_cli import lineage
+from cluster.library.sign_cli import sign, verify
 from cluster.options import AsJson, DryRun, Ref, complete_version
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ models = typer.Typer(help="The model library.", no_args_is_help=True)
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    models.command()(gc)
+    for verb in (verify, sign, gc):
+        models.command()(verb)
     app.command()(lineage)
     app.add_typer(models, name="models")
 
@@ -82,7 +84,7 @@ def import_(
 def list_(as_json: AsJson = False) -> None:
     """List every version in the library."""
     console.use_json(as_json)
-    library = _library()
+    library = _library(trusting=True)
     found = [version for name in library.names() for version in library.versions(name)]
     console.result({"models": [_summary(library, version) for version in found]})
     if as_json:
@@ -103,11 +105,12 @@ def list_(as_json: AsJson = False) -> None:
 def show(ref: Ref, as_json: AsJson = False) -> None:
     """Show what is known about one version."""
     console.use_json(as_json)
-    from cluster.library import evaluations
+    from cluster.library import evaluations, signatures
 
-    library = _library()
+    library = _library(trusting=True)
     version = library.resolve(ref)
     manifest = version.manifest
+    signature = signatures.path_of(library.root, version.name, version.number)
     history = [move for move in library.alias_history(version.name) if move.to == version.number]
     measured = library.evaluations(version)
     if as_json:
@@ -130,6 +133,7 @@ def show(ref: Ref, as_json: AsJson = False) -> None:
         "code": made.code_revision if made else None,
         "licence": manifest.licence,
         "digest": manifest.digest,
+        "signature": signature if signature.exists() else None,
     }
     lines |= made.models if made else {}
     lines |= {f"data {file}": sha for file, sha in (made.data_hashes if made else {}).items()}
@@ -151,19 +155,6 @@ def show(ref: Ref, as_json: AsJson = False) -> None:
 
 
 @models.command()
-def verify(ref: Ref, as_json: AsJson = False) -> None:
-    """Read every file of a version again and compare it with the manifest."""
-    console.use_json(as_json)
-    library = _library()
-    version = library.verify(ref)
-    files = len(version.manifest.files)
-    console.out(
-        f"{version.ref}: {files} files, {readable(version.manifest.size)}, all as published"
-    )
-    console.result({"ref": version.ref, "ok": True, "files": files})
-
-
-@models.command()
 def rm(
     ref: Annotated[
         str,
@@ -181,7 +172,7 @@ def rm(
     console.use_json(as_json)
     from cluster.library import ref as refs
 
-    library = _library()
+    library = _library(trusting=True)
     parsed = refs.Ref.parse(ref)
     if parsed.version is None:
         raise LibraryError(f"{ref}: name the version to remove, as in {parsed.name}@3")
@@ -223,10 +214,10 @@ def export(
     console.result({"dry_run": dry_run, "ref": version.ref, "directory": directory.absolute()})
 
 
-def _library() -> Library:
+def _library(trusting: bool = False) -> Library:
     from cluster.library.store import Library
 
-    return Library()
+    return Library(trusting=trusting)
 
 
 @contextmanager

@@ -135,6 +135,16 @@ def _in_home(library: Library, name: str) -> Iterator[tuple[str, Path]]:
                 if path.name != layout.REMOVED:
                     yield f"file of {name}@{number}, which is no version", path
 
+    yield from _in_signatures(home)
+
+
+def _in_signatures(home: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted((home / "signatures").glob("[0-9]*.sig")):
+        if not (home / "versions" / path.stem / MANIFEST).exists():
+            yield f"signature of {home.name}@{path.stem}, which is no version", path
+    if (home / "signatures").is_dir():
+        yield from (("unfinished write", path) for path in _torn(home / "signatures"))
+
 
 def _in_evaluations(home: Path, place: Path) -> Iterator[tuple[str, Path]]:
     if not (home / "versions" / place.name / MANIFEST).exists():

@@ -32,7 +32,7 @@ def gc(
     from cluster.library.garbage import collect, garbage_of, retire, unneeded
     from cluster.library.store import Library
 
-    library = Library()
+    library = Library(trusting=True)
     old = unneeded(library, keep) if keep is not None else []
     if old and not dry_run and not yes:
         told = f"{console.counted(len(old), 'version')}: {', '.join(v.ref for v in old[:8])}"

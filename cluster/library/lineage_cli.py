@@ -39,7 +39,7 @@ def lineage(
     from cluster.library.lineage import touched, walk
     from cluster.library.store import Library
 
-    library = Library()
+    library = Library(trusting=True)
     if ref is not None:
         found = walk(library, ref)
         console.result(_document(found))

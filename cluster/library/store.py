@@ -3,6 +3,7 @@
     <root>/models/<name>/versions/<n>/{config.json, *.safetensors, tokenizer.json, manifest.json}
     <root>/models/<name>/aliases.json
     <root>/models/<name>/evaluations/<n>/...     see `cluster.library.evaluations`
+    <root>/models/<name>/signatures/<n>.sig      see `cluster.library.signatures`
 
 A version is staged beside, hashed, flushed to disk, and appears by one rename, manifest and all.
 A number is taken by making its directory, which stays after a crash or a removal: numbers are
@@ -22,7 +23,7 @@ from pathlib import Path
 from cluster.errors import ConfigError, Corrupt, LibraryError, UnknownModel
 from cluster.home import library_dir
 from cluster.library import aliases as alias_file
-from cluster.library import evaluations, layout
+from cluster.library import evaluations, layout, signatures
 from cluster.library.aliases import AliasMove
 from cluster.library.disk import (
     copy_hashed,
@@ -71,8 +72,13 @@ class Version:
 class Library:
     """A library in a local or shared folder; nothing is written before the first publish."""
 
-    def __init__(self, root: Path | str | None = None) -> None:
-        """Open the library at ``root``, by default that of ROUNDHOUSE_HOME."""
+    def __init__(self, root: Path | str | None = None, trusting: bool = False) -> None:
+        """Open the library at ``root``, by default that of ROUNDHOUSE_HOME.
+
+        Where there are trusted keys (see `cluster.library.signatures`), a version that they have
+        not signed is refused to whoever asks for one, unless they are ``trusting``: to list, sign
+        or remove it.
+        """
         root = library_dir() if root is None else root
         if _URL.search(str(root)):
             raise LibraryError(
@@ -80,6 +86,7 @@ class Library:
                 "mount the bucket, or set ROUNDHOUSE_HOME to a folder that all nodes see"
             )
         self.root = Path(root).absolute()
+        self.trusting = trusting
 
     def names(self) -> list[str]:
         """Return the models that have at least one version, sorted."""
@@ -94,11 +101,15 @@ class Library:
         ]
 
     def get(self, name: str, number: int) -> Version:
-        """Return one version. Raises UnknownModel, or Corrupt when its manifest is damaged."""
+        """Return one version.
+
+        Raises UnknownModel, Corrupt when its manifest is damaged, and LibraryError or Corrupt when
+        a signature is asked for and does not hold.
+        """
         version = self._read(name, number)
         if version is None:
             raise self._unknown(Ref(name, version=number))
-        return version
+        return self._signed(version)
 
     def resolve(self, ref: str | Ref) -> Version:
         """Return the version that a reference means now.
@@ -136,7 +147,7 @@ class Library:
         versions = self.versions(ref.name)
         if not versions:
             raise self._unknown(ref)
-        return versions[-1]
+        return self._signed(versions[-1])
 
     def publish(self, name: str, source: Path, facts: Facts, move: bool = False) -> Version:
         """Add the files of ``source`` as the next version of ``name``.
@@ -274,6 +285,7 @@ class Library:
             with explained(f"remove {ref}", directory, 0):
                 layout.empty(directory)
                 evaluations.forget(self.root, ref.name, ref.version)
+                signatures.path_of(self.root, ref.name, ref.version).unlink(missing_ok=True)
 
     def check_unneeded(self, ref: Ref) -> None:
         """Raise LibraryError, naming who, while an alias or another version needs this one."""
@@ -315,6 +327,25 @@ class Library:
                 os.rename(place, directory)  # onto the empty directory: all at once, or none
             fsync_dir(directory.parent)
         return Version(name, number, directory, manifest)
+
+    def _signed(self, version: Version) -> Version:
+        if not self.trusting and (folder := signatures.trusted()):
+            signatures.check(version, self.root, signatures.keys_of(folder))
+        return version
+
+    def sign(self, version: Version, key: Path) -> Path:
+        """Verify a version, sign it with a private key, and return where the signature lies.
+
+        One that it had is replaced.
+        """
+        signature = signatures.sign(self.verify(Ref(version.name, version.number)), key)
+        path = signatures.path_of(self.root, version.name, version.number)
+        with explained(f"sign {version.ref}", path, len(signature)):
+            path.parent.mkdir(exist_ok=True)
+            with locked(self._home(version.name) / ".lock", f"sign {version.ref}"):
+                self.get(version.name, version.number)  # not removed while we waited
+                write_durably(path, signature)
+        return path
 
     def _references(self, what: str) -> AbstractContextManager[None]:
         """Hold what keeps a version from being removed while another one appears that names it.

@@ -180,38 +180,6 @@ def test_what_a_killed_publish_left_is_removed_by_the_next(library: Library, sou
     assert list((library.root / ".staging").iterdir()) == []
 
 
-def _publish_many(root: str, source: str, count: int) -> list[int]:
-    library = Library(root)
-    return [library.publish("tiny", Path(source), Facts()).number for _ in range(count)]
-
-
-def _promote_many(root: str, count: int) -> int:
-    library, won = Library(root), 0
-    for _ in range(count):
-        now = library.aliases("tiny").get("champion")
-        try:
-            library.move_alias("tiny", "champion", library.versions("tiny")[-1].number, now, "p")
-            won += 1
-        except Conflict:
-            continue
-    return won
-
-
-def test_t34_publishes_and_promotions_at_once(library: Library, source: Path) -> None:
-    library.publish("tiny", source, Facts())
-    with SPAWN.Pool(4) as pool:
-        numbers = pool.starmap_async(_publish_many, [(str(library.root), str(source), 4)] * 3)
-        moves = pool.starmap_async(_promote_many, [(str(library.root), 12)] * 2, chunksize=1)
-        given_out = [number for few in numbers.get(60) for number in few]
-        won = sum(moves.get(60))
-    assert sorted(given_out) == list(range(2, 14))
-    history = library.alias_history("tiny")
-    assert len(history) == won
-    assert [move.before for move in history] == [None, *(move.to for move in history[:-1])]
-    for version in library.versions("tiny"):
-        library.verify(version.ref)
-
-
 def test_t34_an_alias_that_moves_while_it_is_looked_up_is_found(
     library: Library, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
