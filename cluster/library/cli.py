@@ -1,4 +1,4 @@
-"""``roundhouse models ...``: import, list, show, verify, sign, export, rm, gc."""
+"""``roundhouse models ...``: import, list, show, verify, sign, export, push, pull, rm, gc."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cluster.errors import ConfigError, Corrupt, LibraryError
 from cluster.library.disk import readable
 from cluster.library.gc_cli import gc
 from cluster.library.lineage_cli import lineage
+from cluster.library.mirror_cli import list_at, pull, push
 from cluster.library.sign_cli import sign, verify
 from cluster.options import AsJson, DryRun, Ref, complete_version
 
@@ -26,7 +27,7 @@ models = typer.Typer(help="The model library.", no_args_is_help=True)
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    for verb in (verify, sign, gc):
+    for verb in (verify, sign, push, pull, gc):
         models.command()(verb)
     app.command()(lineage)
     app.add_typer(models, name="models")
@@ -81,9 +82,17 @@ def import_(
 
 
 @models.command("list")
-def list_(as_json: AsJson = False) -> None:
+def list_(
+    at: Annotated[
+        str | None, typer.Option(metavar="URL", help="What lies in this bucket instead.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """List every version in the library."""
     console.use_json(as_json)
+    if at is not None:
+        list_at(at, as_json)
+        return
     library = _library(trusting=True)
     found = [version for name in library.names() for version in library.versions(name)]
     console.result({"models": [_summary(library, version) for version in found]})

@@ -62,7 +62,7 @@ def copy_hashed(source: Path, target: Path) -> tuple[str, int]:
     with open(fd, "rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
         while piece := reader.read(CHUNK_BYTES):
             digest.update(piece)
-            _write_all(writer.fileno(), piece)
+            write_all(writer.fileno(), piece)
             size += len(piece)
         os.fsync(writer.fileno())
     return digest.hexdigest(), size
@@ -102,7 +102,7 @@ def write_durably(path: Path, data: bytes) -> None:
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with beside.open("xb", buffering=0) as writer:
-            _write_all(writer.fileno(), data)
+            write_all(writer.fileno(), data)
             os.fsync(writer.fileno())
         os.replace(beside, path)
     except BaseException:
@@ -217,7 +217,8 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
-def _write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of ``data``, in as many calls as it takes."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cluster.errors import ConfigError, Corrupt, LibraryError, UnknownModel
+from cluster.errors import ConfigError, Conflict, Corrupt, LibraryError, UnknownModel
 from cluster.home import library_dir
 from cluster.library import aliases as alias_file
 from cluster.library import evaluations, layout, signatures
@@ -82,8 +82,9 @@ class Library:
         root = library_dir() if root is None else root
         if _URL.search(str(root)):
             raise LibraryError(
-                f"{root}: a library lives in a local or shared folder for now, not behind a URL; "
-                "mount the bucket, or set ROUNDHOUSE_HOME to a folder that all nodes see"
+                f"{root}: a library lives in a local or shared folder, not behind a URL; keep it "
+                "in a folder that all nodes see, and copy versions with `roundhouse models push` "
+                "and `pull`"
             )
         self.root = Path(root).absolute()
         self.trusting = trusting
@@ -363,6 +364,47 @@ class Library:
             base = Ref.parse(manifest.base)
             if base.version and not (self._directory(base.name, base.version) / MANIFEST).exists():
                 raise self._unknown(base)
+
+    def holds(self, manifest: Manifest) -> Version | None:
+        """Return the version that has this very manifest, ``None`` when its number is free.
+
+        Raises Conflict when the number is, or was, another version's.
+        """
+        name, number = manifest.name, manifest.version
+        mine = self._read(name, number)
+        was = mine.manifest if mine else self.removed(name, number)
+        if was and was.seal != manifest.seal:
+            state = "another version here" if mine else "the number of another version, removed"
+            raise Conflict(
+                f"{name}@{number} is {state}; what comes would be taken for it: import its files "
+                "under another name"
+            )
+        return mine
+
+    def adopt(self, manifest: Manifest, place: Path, signature: bytes | None) -> Version:
+        """Make ``place``, a staged directory with its manifest, the version it says it is.
+
+        Its hashes were checked. Raises Conflict when its number is another version's.
+        """
+        name, number = manifest.name, manifest.version
+        directory = self._directory(name, number)
+        with explained(f"pull {name}@{number}", self.root, manifest.size):
+            directory.mkdir(parents=True, exist_ok=True)
+            with locked(self._home(name) / ".lock", f"pull {name}@{number}"):
+                if mine := self.holds(manifest):
+                    return mine
+                if signature:
+                    path = signatures.path_of(self.root, name, number)
+                    path.parent.mkdir(exist_ok=True)
+                    write_durably(path, signature)
+                with self._references(f"pull {name}@{number}"):
+                    self._check_base(manifest)
+                    layout.empty(directory)
+                    (directory / layout.REMOVED).unlink(missing_ok=True)
+                    fsync_dir(place)
+                    os.rename(place, directory)
+                fsync_dir(directory.parent)
+        return Version(name, number, directory, manifest)
 
     def _sweep(self, name: str) -> None:
         """Clear what an interrupted removal left: files of a version without a manifest."""
