@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from cluster.library.store import Library, Version
 
 models = typer.Typer(help="The model library.", no_args_is_help=True)
+for _verb in (verify, sign, push, pull, gc):  # each has a file of its own
+    models.command()(_verb)
 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    for verb in (verify, sign, push, pull, gc):
-        models.command()(verb)
     app.command()(lineage)
     app.add_typer(models, name="models")
 

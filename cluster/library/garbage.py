@@ -17,7 +17,7 @@ from cluster.errors import LibraryError, UnknownModel
 from cluster.library import layout
 from cluster.library.disk import dead_stages, explained, locked
 from cluster.library.manifest import MANIFEST
-from cluster.library.ref import NAME, Ref
+from cluster.library.ref import Ref
 from cluster.library.references import named
 from cluster.library.store import Library, Version
 
@@ -114,9 +114,9 @@ def _stages(root: Path, dry_run: bool) -> Iterator[Garbage]:
 
 
 def _models(library: Library, dry_run: bool) -> Iterator[Garbage]:
-    for name in sorted(layout.children(library.root / "models")):
-        home = library.root / "models" / name
-        if not home.is_dir() or not NAME.fullmatch(name):
+    for name in layout.names(library.root):
+        home = layout.home(library.root, name)
+        if not home.is_dir():
             continue
         with _held(home / ".lock", dry_run):
             yield from _drop(library, _in_home(library, name), dry_run)

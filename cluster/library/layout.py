@@ -35,6 +35,17 @@ def numbers(root: Path, name: str) -> list[int]:
     return sorted(int(text) for text in found if re.fullmatch(r"[1-9]\d{0,8}", text))
 
 
+def names(root: Path) -> list[str]:
+    """Return the models that ever had a version, sorted; what is no name is left out."""
+    return sorted(name for name in children(root / "models") if NAME.fullmatch(name))
+
+
+def everything(place: Path) -> set[str]:
+    """Return all names in a directory, but for those that NFS keeps open files under."""
+    found = set(os.listdir(place)) if place.is_dir() else set()
+    return {name for name in found if not name.startswith(".nfs")}
+
+
 def children(place: Path) -> list[str]:
     """Return the names in a directory that do not start with a dot; none when there is none."""
     try:

@@ -133,7 +133,7 @@ def _of_run(library: Library, ref: Ref) -> str:
 
 def _known(library: Library) -> Iterator[tuple[Manifest, bool]]:
     """Yield every manifest, and whether its version is still there."""
-    for name in sorted(filter(NAME.fullmatch, layout.children(library.root / "models"))):
+    for name in layout.names(library.root):
         there = {version.number: version.manifest for version in library.versions(name)}
         for number in layout.numbers(library.root, name):
             if manifest := there.get(number) or library.removed(name, number):

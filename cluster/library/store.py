@@ -91,7 +91,7 @@ class Library:
 
     def names(self) -> list[str]:
         """Return the models that have at least one version, sorted."""
-        return sorted(name for name in layout.children(self.root / "models") if self.versions(name))
+        return [name for name in layout.names(self.root) if self.versions(name)]
 
     def versions(self, name: str) -> list[Version]:
         """Return the versions of a model, ascending; an unknown name has none."""
@@ -223,11 +223,13 @@ class Library:
         problems = []
         for file, entry in version.manifest.files.items():
             try:
-                if hash_file(version.path / file) != (entry.sha256, entry.size):
+                if (version.path / file).is_symlink():
+                    problems.append(f"{file}: is a link now")
+                elif hash_file(version.path / file) != (entry.sha256, entry.size):
                     problems.append(f"{file}: differs from its hash")
             except OSError as error:
                 problems.append(f"{file}: {error.strerror or error}")
-        extra = set(layout.children(version.path)) - set(version.manifest.files) - {MANIFEST}
+        extra = layout.everything(version.path) - set(version.manifest.files) - {MANIFEST}
         problems += [f"{file}: not in the manifest" for file in sorted(extra)]
         if problems:
             self.get(version.name, version.number)  # or it was removed while we read
@@ -312,7 +314,7 @@ class Library:
 
     def manifests(self) -> list[Manifest]:
         """Return the manifest of every version of every model; damaged ones are left out."""
-        return [v.manifest for name in self.names() for v in self.versions(name)]
+        return [v.manifest for name in layout.names(self.root) for v in self.versions(name)]
 
     def _appear(self, name: str, place: Path, draft: Manifest) -> Version:
         """Take the next number and make ``place`` that version, in one rename."""

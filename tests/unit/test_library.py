@@ -24,7 +24,8 @@ from cluster.errors import (
     NotEnough,
     UnknownModel,
 )
-from cluster.library import disk, store
+from cluster.library import disk, layout, store
+from cluster.library.garbage import collect
 from cluster.library.manifest import MANIFEST, Facts, Lineage
 from cluster.library.store import Library, Version
 from tests.unit.library_fixtures import model
@@ -124,6 +125,15 @@ def test_alias_moves_by_compare_and_swap_and_keeps_its_history(
         ("champion", None, 1, "ann"),
         ("champion", 1, 2, "bob"),
     ]
+
+
+def test_what_is_no_model_among_the_models_is_left_out(library: Library, source: Path) -> None:
+    library.publish("tiny", source, Facts())
+    (library.root / "models/Lost + Found").mkdir()
+    (library.root / "models/a file").write_text("x")
+    assert library.names() == ["tiny"]
+    assert collect(library) == []
+    library.remove("tiny@1")
 
 
 def test_damaged_aliases_are_told(library: Library, source: Path) -> None:
@@ -307,6 +317,30 @@ def test_t35_extra_missing_and_foreign_files_are_named(
         library.verify("tiny@2")
 
 
+def test_t35_each_missing_file_and_each_kind_of_extra_is_named(
+    library: Library, source: Path
+) -> None:
+    version = library.publish("tiny", source, Facts())
+    for name in version.manifest.files:
+        kept = (version.path / name).rename(source / "kept")
+        with pytest.raises(Corrupt, match=f"{name}: No such file"):
+            library.verify("tiny@1")
+        (version.path / name).symlink_to(kept)
+        with pytest.raises(Corrupt, match=f"{name}: is a link now"):
+            library.verify("tiny@1")
+        (version.path / name).unlink()
+        kept.rename(version.path / name)
+    library.verify("tiny@1")
+    for extra in ("extra.json", ".hidden.py", "modeling.py", "model-2.safetensors"):
+        (version.path / extra).write_text("{}")
+        with pytest.raises(Corrupt, match=f"{extra}: not in the manifest"):
+            library.verify("tiny@1")
+        (version.path / extra).unlink()
+    (version.path / "folder").mkdir()
+    with pytest.raises(Corrupt, match="folder: not in the manifest"):
+        library.verify("tiny@1")
+
+
 BAD_NAMES = ["../x", "/etc", "a:..", "%2e%2e", "a\0b", "a" * 300, "Tiny", "CON", "", "a/b", "a\n"]
 
 
@@ -325,6 +359,16 @@ def test_t17_bad_names_are_refused_everywhere(library: Library, source: Path, na
         with pytest.raises(ConfigError):
             act()
     assert not library.root.exists()
+
+
+@pytest.mark.parametrize("alias", [*BAD_NAMES, "0", "1x", "a" * 33, "champion@2", "a.b"])
+def test_t17_bad_aliases_are_refused(library: Library, source: Path, alias: str) -> None:
+    library.publish("tiny", source, Facts())
+    with pytest.raises(ConfigError):
+        library.move_alias("tiny", alias, 1, None, "me")
+    with pytest.raises(ConfigError):
+        library.resolve(f"tiny@{alias}")
+    assert library.aliases("tiny") == {}
 
 
 @given(text=st.text(max_size=80) | st.from_regex(r"[a-z0-9./%\\:@-]{1,40}", fullmatch=True))
@@ -413,7 +457,28 @@ def test_t36_failure_at_every_write_of_a_publish_changes_nothing(
     assert library.versions("tiny")[-1].manifest.digest == library.get("tiny", 1).manifest.digest
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_t36_failed_removal_leaves_a_whole_version_or_none(
+    library: Library, source: Path, code: int
+) -> None:
+    for calls in range(20):
+        version = library.publish("tiny", source, Facts())
+        with pytest.MonkeyPatch.context() as patch:
+            Failing(patch, calls, code)
+            try:
+                library.remove(version.ref)
+                break
+            except (LibraryError, NotEnough):
+                pass
+        if version in library.versions("tiny"):
+            library.verify(version.ref)
+        else:
+            collect(library)
+            assert {path.name for path in version.path.iterdir()} == {layout.REMOVED}
+    assert 1 < calls < 19
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
 def test_t36_failed_promotion_leaves_the_old_alias(
     library: Library, source: Path, code: int
 ) -> None:
