@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from cluster.library.store import Library, Version
 
 models = typer.Typer(help="The model library.", no_args_is_help=True)
-for _verb in (verify, sign, push, pull, gc):  # each has a file of its own
-    models.command()(_verb)
 
 
 def register(app: typer.Typer) -> None:
@@ -221,6 +219,10 @@ def export(
         library.export(version, directory)
         console.out(f"copied {version.ref} to {directory}")
     console.result({"dry_run": dry_run, "ref": version.ref, "directory": directory.absolute()})
+
+
+for _verb in (verify, sign, push, pull, gc):  # they have files of their own
+    models.command()(_verb)
 
 
 def _library(trusting: bool = False) -> Library:

@@ -20,7 +20,7 @@ def sign(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Sign a version with a key; the signature lies beside it, and `model_signing` reads it."""
+    """Sign a version with a key; the signature lies beside it."""
     console.use_json(as_json)
     from cluster.library import signatures
     from cluster.library.store import Library
@@ -45,7 +45,7 @@ def verify(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read every file of a version again; compare it with the manifest, and that with its key."""
+    """Read every file of a version again and compare it with manifest and signature."""
     console.use_json(as_json)
     from cluster.library import signatures
     from cluster.library.store import Library
