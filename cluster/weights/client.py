@@ -5,6 +5,7 @@ The process must belong to a Ray cluster already.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import ClusterError
 from cluster.home import home
 from cluster.weights.actors import (
     CALL_S,
@@ -44,22 +46,21 @@ PENDING = 8
 Named = tuple[str, Any]
 
 
-class Shipment:
-    """One writer's part of a version, on its way to the shelf of the writer's node.
+class Writer:
+    """One process that hands versions, or its part of them, to the shelf of its node."""
 
-    Each rank of a trainer may have one with the same ``parcel``; then rank 0 seals them together.
-    """
-
-    def __init__(self, parcel: str | None = None) -> None:
-        self.parcel = parcel or uuid.uuid4().hex
+    def __init__(self) -> None:
         self.node = this_node()
         self._agent = open_agent(self.node)
         self._pending: list[Any] = []
 
-    def ship(self, tensors: Iterable[Named], plan: CutPlan | None = None) -> dict[str, Tensor]:
+    def ship(
+        self, parcel: str, tensors: Iterable[Named], plan: CutPlan | None = None
+    ) -> dict[str, Tensor]:
         """Hand over tensors (torch, on any device), one group after the other.
 
-        Returns what the layout is to say of them. Raises NotEnough where they do not fit.
+        Returns what the layout is to say of them. Raises NotEnough where they do not fit. The
+        ranks of a trainer use the same ``parcel``; then one of them seals it.
         """
         told: dict[str, Tensor] = {}
         for group in _groups(tensors):
@@ -73,33 +74,32 @@ class Shipment:
                     pieces.append(piece)
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 told[name] = Tensor(dtype, tuple(tensor.shape), tuple(pieces), dim)
-            self._send(arrays)
+            self._send(parcel, arrays)
         self._wait(0)
         return told
 
-    def abandon(self) -> None:
-        """Take back what was handed over."""
-        asked(self._agent.abandon.remote(self.parcel), CALL_S)
+    def seal(self, shipped: Sequence[tuple[str, str]], bundle: Bundle) -> None:
+        """Make a version of the parts that (parcel, node) pairs name; it appears at once."""
+        for parcel, node in shipped:
+            asked(open_agent(node).finish.remote(parcel, bundle, False), CALL_S)
+        nodes = sorted({node for _, node in shipped})
+        asked(open_directory().have.remote(nodes, bundle), CALL_S)
 
-    def _send(self, arrays: Mapping[str, Array]) -> None:
+    def abandon(self, parcel: str) -> None:
+        """Take back what this node was given for a parcel."""
+        asked(self._agent.abandon.remote(parcel), CALL_S)
+
+    def _send(self, parcel: str, arrays: Mapping[str, Array]) -> None:
         sizes = {piece: array.nbytes for piece, array in arrays.items()}
-        missing = asked(self._agent.begin.remote(self.parcel, sizes), CALL_S)
+        missing = asked(self._agent.begin.remote(parcel, sizes), CALL_S)
         for piece in missing:
             # a copy in this node's store now: the caller may change the tensor from here on
-            self._pending.append(self._agent.put.remote(self.parcel, piece, arrays[piece]))
+            self._pending.append(self._agent.put.remote(parcel, piece, arrays[piece]))
             self._wait(PENDING)
 
     def _wait(self, most: int) -> None:
         while len(self._pending) > most:
             asked(self._pending.pop(0), MOVE_S)
-
-
-def seal(shipped: Sequence[tuple[str, str]], bundle: Bundle) -> None:
-    """Make a version of the parts that (parcel, node) pairs name; it appears at once."""
-    for parcel, node in shipped:
-        asked(open_agent(node).finish.remote(parcel, bundle, False), CALL_S)
-    nodes = sorted({node for _, node in shipped})
-    asked(open_directory().have.remote(nodes, bundle), CALL_S)
 
 
 def publish(
@@ -113,15 +113,30 @@ def publish(
 
     Raises NotEnough where it does not fit beside what is in use; then nothing has changed.
     """
-    shipment = Shipment()
+    writer, parcel = Writer(), uuid.uuid4().hex
     try:
-        told = shipment.ship(tensors, plan)
+        told = writer.ship(parcel, tensors, plan)
         bundle = Bundle(ref, dict(files), told, base, time.time())
-        seal([(shipment.parcel, shipment.node)], bundle)
+        writer.seal([(parcel, writer.node)], bundle)
     except BaseException:
-        shipment.abandon()
+        writer.abandon(parcel)
         raise
     return bundle
+
+
+def withdraw(ref: str) -> None:
+    """Take a version off every node's shelf; who has loaded it keeps what it loaded."""
+    told = asked(open_directory().find.remote(ref), CALL_S)
+    for node in [] if told is None else told[1]:
+        with contextlib.suppress(ClusterError):  # a node that is gone has it no more
+            asked(open_agent(node).drop.remote(ref), CALL_S)
+
+
+def withdraw_run(prefix: str) -> None:
+    """Take all versions of a run, whose references begin so, off the shelf."""
+    for ref in asked(open_directory().refs.remote(), CALL_S):
+        if ref.startswith(prefix):
+            withdraw(ref)
 
 
 @dataclass(frozen=True)
