@@ -6,10 +6,11 @@ version that no longer has a manifest, or figures without their record. None of 
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,11 +119,11 @@ def _models(library: Library, dry_run: bool) -> Iterator[Garbage]:
         home = layout.home(library.root, name)
         if not home.is_dir():
             continue
-        with _held(home / ".lock", dry_run):
+        with _held(home / ".lock", dry_run):  # no removal and no other gc meanwhile
             yield from _drop(library, _in_home(library, name), dry_run)
-        for place in sorted((home / "evaluations").glob("[0-9]*")):
-            with _held(place / ".lock", dry_run):
-                yield from _drop(library, _in_evaluations(home, place), dry_run)
+            for place in sorted((home / "evaluations").glob("[0-9]*")):
+                with _held(place / ".lock", dry_run):  # nor an evaluation of this version
+                    yield from _drop(library, _in_evaluations(home, place), dry_run)
 
 
 def _in_home(library: Library, name: str) -> Iterator[tuple[str, Path]]:
@@ -131,7 +132,7 @@ def _in_home(library: Library, name: str) -> Iterator[tuple[str, Path]]:
     for number in layout.numbers(library.root, name):
         place = layout.directory(library.root, name, number)
         if not (place / MANIFEST).exists():
-            for path in sorted(place.iterdir()):
+            for path in _entries(place):
                 if path.name != layout.REMOVED:
                     yield f"file of {name}@{number}, which is no version", path
 
@@ -157,18 +158,35 @@ def _in_evaluations(home: Path, place: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _torn(place: Path) -> list[Path]:
-    return sorted(path for path in place.iterdir() if _TORN.fullmatch(path.name))
+    return [path for path in _entries(place) if _TORN.fullmatch(path.name)]
+
+
+def _entries(place: Path) -> list[Path]:
+    try:
+        return sorted(place.iterdir())
+    except FileNotFoundError:  # a rehearsal holds no lock
+        return []
 
 
 def _drop(library: Library, found: Iterator[tuple[str, Path]], dry_run: bool) -> Iterator[Garbage]:
     for what, path in list(found):
         size = _size(path)
-        if not dry_run:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        yield Garbage(what, str(path.relative_to(library.root)), size)
+        if dry_run or _gone(path):
+            yield Garbage(what, str(path.relative_to(library.root)), size)
+
+
+def _gone(path: Path) -> bool:
+    """Remove a file or a directory; False when somebody has begun to write into it again."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return True
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        return False  # the next gc sees it as it is then
+    return True
 
 
 def _held(lock: Path, dry_run: bool) -> AbstractContextManager[None]:
@@ -176,5 +194,8 @@ def _held(lock: Path, dry_run: bool) -> AbstractContextManager[None]:
 
 
 def _size(path: Path) -> int:
-    files = [path] if not path.is_dir() else [one for one in path.rglob("*") if one.is_file()]
-    return sum(one.lstat().st_size for one in files)
+    size = 0
+    for one in [path] if not path.is_dir() else path.rglob("*"):
+        with suppress(FileNotFoundError):  # a rehearsal holds no lock
+            size += one.lstat().st_size if not one.is_dir() else 0
+    return size

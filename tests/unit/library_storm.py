@@ -67,8 +67,8 @@ class Actor:
             (self.replace, 6),
             (self.remove, 2),
             (self.read, 12),
-            (self.measure, 2),
-            (self.collect, 1),
+            (self.measure, 4),
+            (self.collect, 3),
         ]
         chosen, weights = zip(*acts, strict=True)
         while True:

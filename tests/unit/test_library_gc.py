@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from cluster.errors import ConfigError, LibraryError
-from cluster.library import disk, layout
+from cluster.library import disk, garbage, layout
 from cluster.library.cli import register
 from cluster.library.garbage import collect, retire, unneeded
 from cluster.library.manifest import MANIFEST, Facts, Lineage
@@ -92,6 +95,44 @@ def test_t34_gc_finds_every_orphan_and_a_dry_run_changes_nothing(
     library.verify("tiny")
     assert set(before) - set(files(library.root)) >= {p for p in lost if "evaluations/1" not in p}
     assert library.publish("tiny", source, Facts()).number == 4
+
+
+def test_t34_gc_looks_at_evaluations_while_no_version_can_be_removed(
+    library: Library, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(library, source)
+    monkeypatch.setattr(disk, "LOCK_WAIT_S", 0.05)
+    real, refused = garbage._in_evaluations, []
+
+    def meanwhile(home: Path, place: Path) -> Iterator[tuple[str, Path]]:
+        with pytest.raises(LibraryError, match="another process has held") as error:
+            library.remove("tiny@2")
+        refused.append(error)
+        yield from real(home, place)
+
+    monkeypatch.setattr(garbage, "_in_evaluations", meanwhile)
+    collect(library)
+    assert len(refused) == 2
+
+
+def test_gc_leaves_what_somebody_begins_to_write_into_again(
+    library: Library, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(library, source)
+    place = library.root / "models/tiny/evaluations/1"
+
+    real = shutil.rmtree
+
+    def busy(path: Path) -> None:
+        if path == place:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(garbage.shutil, "rmtree", busy)
+        assert "models/tiny/evaluations/1" not in {one.where for one in collect(library)}
+    assert [one.where for one in collect(library)] == ["models/tiny/evaluations/1"]
+    assert not place.exists()
 
 
 def test_an_empty_library_has_no_garbage_and_is_not_made(library: Library) -> None:
