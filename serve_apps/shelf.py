@@ -15,6 +15,9 @@ class Shelf(Protocol):
     holder: str
     """Who uses what is brought."""
 
+    async def open(self) -> None:
+        """Have the shelf of this node ready before anything lies there."""
+
     async def bring(self, version: str) -> Path:
         """Bring a version to this node and keep it for ``holder``.
 
@@ -33,6 +36,12 @@ class NodeShelf:
 
     def __init__(self, holder: str) -> None:
         self.holder = holder
+
+    async def open(self) -> None:
+        """See :class:`Shelf`."""
+        from cluster.weights import client
+
+        await asyncio.to_thread(client.renew, self.holder, [])
 
     async def bring(self, version: str) -> Path:
         """See :class:`Shelf`."""

@@ -7,7 +7,7 @@ import logging
 from typing import Protocol
 
 from cluster.errors import EngineError, RequestError, RoundhouseError
-from cluster.library.ref import Ref
+from cluster.library.ref import NEWEST, Ref
 from cluster.library.store import Library
 from cluster.text.chat import ChatText
 from serve_apps.config import ModelConfig
@@ -72,6 +72,8 @@ class Versions:
                 f"{self._config.model} points to no version of the library; see "
                 f"`roundhouse models show {self._config.name}`"
             )
+        if self._shelf is not None and self._config.alias == NEWEST:
+            await self._shelf.open()
         await self._load(self._order.active)
         await self._engine.activate(self._order.active)
         self._active, self._answering = self._order.active, True

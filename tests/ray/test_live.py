@@ -1,0 +1,200 @@
+"""Weights from a trainer to two sharded replicas that answer all the while, by the shelf."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from cluster.library.manifest import Facts
+from cluster.library.store import Library
+from tests.parity.engine_fixtures import save_tiny
+from tests.ray.cluster_fixtures import ROOT, Rig
+from tests.unit.text_fixtures import write_tokenizer
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+NAME = "pair"
+CONFIG = """
+models:
+  - model: pair@live
+    replicas: 2
+    num_cpus: 0.25
+    drain_s: 5
+    engine:
+      tensor_parallel: 2
+      device: cpu
+      dtype: float32
+      max_model_len: 256
+      threads: 1
+"""
+PUT = """
+import sys
+from pathlib import Path
+from safetensors.torch import load_file
+from cluster.session import connect, current
+from cluster.weights import client
+from cluster.weights.files import small_files
+connect(current())
+ref, folder = sys.argv[1], Path(sys.argv[2])
+if ref.startswith("-"):
+    client.withdraw(ref[1:])
+else:
+    tensors = load_file(folder / "model.safetensors").items()
+    if len(sys.argv) > 3:  # killed in the middle
+        import os
+        writer, some = client.Writer(), list(tensors)[:2]
+        writer.ship("torn", some)
+        os.kill(os.getpid(), 9)
+    client.publish(ref, small_files(folder), tensors, "pair@1")
+"""
+ASKED = ([5, 6, 7, 8], [9, 3, 11, 40, 41, 42, 43], list(range(20, 60)))
+"""Prompts: the last is longer than a block of the cache, so its beginning is kept there."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Versions of one tiny Llama by their reference; they differ in their numbers alone."""
+    refs = ("pair@1", "pair@run.a.1", "pair@run.a.2", "pair@run.a.3")
+    made = {}
+    for seed, ref in enumerate(refs):
+        folder = tmp_path_factory.mktemp("pair") / "model"
+        made[ref] = save_tiny(folder, seed=seed, vocab_size=400)
+        write_tokenizer(folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(folders: dict[str, Path]) -> dict[str, list[str]]:
+    """What a fresh model of each version answers, by transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from cluster.text.chat import ChatText
+
+    told: dict[str, list[str]] = {}
+    for ref, folder in folders.items():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
+        text = ChatText.load(folder)
+        told[ref] = []
+        for ids in ASKED:
+            made = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)
+            told[ref].append(text.decode(made[0, len(ids) :].tolist()))
+    assert len({str(texts) for texts in told.values()}) == len(told), "versions must differ"
+    return told
+
+
+@pytest.fixture(scope="module")
+def pair(
+    cluster: Rig, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Rig]:
+    Library(cluster.home / "library").publish(NAME, folders["pair@1"], Facts())
+    config = tmp_path_factory.mktemp("pair") / "serve.yaml"
+    config.write_text(CONFIG)
+    cluster.run("deploy", str(config), "--timeout", "170", timeout_s=200)
+    yield cluster
+    cluster.run("undeploy", NAME, check=False)
+
+
+def put(rig: Rig, ref: str, folder: Path, *more: str) -> int:
+    """Publish from a process of its own, which then ends: what a trainer does."""
+    ran = subprocess.run(
+        [sys.executable, "-c", PUT, ref, str(folder), *more],
+        cwd=ROOT, env=rig.env, timeout=120, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == (-9 if more else 0), ran.stderr
+    return ran.returncode
+
+
+def ask(rig: Rig, at: int = 0, model: str = NAME) -> tuple[str | None, str]:
+    """Return which version answered, and what."""
+    api = openai.OpenAI(
+        base_url=f"{rig.cluster.serve_url}/v1", api_key=rig.api_key, max_retries=0, timeout=60
+    )
+    asked: Any = list(ASKED[at])
+    told = api.completions.create(model=model, prompt=asked, max_tokens=8, temperature=0.0)
+    return told.system_fingerprint, told.choices[0].text
+
+
+class Client(threading.Thread):
+    """Asks again and again; writes down who answered what."""
+
+    def __init__(self, rig: Rig, at: int) -> None:
+        super().__init__(daemon=True)
+        self._rig, self._at, self._end = rig, at, threading.Event()
+        self.said: list[tuple[str | None, str]] = []
+        self.failures: list[str] = []
+
+    def run(self) -> None:
+        while not self._end.is_set():
+            try:
+                self.said.append(ask(self._rig, self._at))
+            except Exception as error:
+                self.failures.append(repr(error))
+            time.sleep(0.1)  # two cores also hold the trainer, four ranks and the proxy
+
+    def finish(self) -> None:
+        self._end.set()
+        self.join(60)
+
+
+def until_all(rig: Rig, ref: str, seconds: float = 60.0) -> None:
+    """Wait until only ``ref`` answers: eight answers in a row, of whatever replica."""
+    until, row = time.monotonic() + seconds, 0
+    while row < 8:
+        row = row + 1 if ask(rig)[0] == ref else 0
+        assert time.monotonic() < until, f"{ref} does not answer alone"
+
+
+def test_RC01_SC10_new_weights_reach_two_sharded_replicas_without_a_lost_request(
+    pair: Rig, folders: dict[str, Path], expected: dict[str, list[str]]
+) -> None:
+    for at in range(len(ASKED)):
+        assert ask(pair, at) == ("pair@1", expected["pair@1"][at]), "its prefixes are kept now"
+    clients = [Client(pair, n % len(ASKED)) for n in range(8)]
+    for client in clients:
+        client.start()
+    for ref in ("pair@run.a.1", "pair@run.a.2"):
+        put(pair, ref, folders[ref])
+        until_all(pair, ref)
+    for client in clients:
+        client.finish()
+    order = ["pair@1", "pair@run.a.1", "pair@run.a.2"]
+    for n, client in enumerate(clients):
+        assert client.failures == []
+        for who, said in client.said:
+            assert said == expected[str(who)][n % len(ASKED)], f"{who} does not answer so"
+    seen = {who for client in clients for who, _ in client.said}
+    assert seen == set(order)
+    assert ask(pair, 2, "pair@run.a.2") == ("pair@run.a.2", expected["pair@run.a.2"][2])
+
+
+def test_RC03_a_trainer_killed_while_it_publishes_changes_nothing_and_may_try_again(
+    pair: Rig, folders: dict[str, Path], expected: dict[str, list[str]]
+) -> None:
+    ref = "pair@run.a.3"
+    put(pair, ref, folders[ref], "and die")
+    assert ask(pair, 1) == ("pair@run.a.2", expected["pair@run.a.2"][1])
+    put(pair, ref, folders[ref])
+    until_all(pair, ref)
+    assert ask(pair, 1) == (ref, expected[ref][1])
+
+
+def test_RC04_what_is_withdrawn_stops_answering_and_the_one_before_answers_again(
+    pair: Rig, folders: dict[str, Path], expected: dict[str, list[str]]
+) -> None:
+    put(pair, "-pair@run.a.3", folders["pair@1"])
+    until_all(pair, "pair@run.a.2")
+    assert ask(pair, 2) == ("pair@run.a.2", expected["pair@run.a.2"][2])
+    for ref in ("-pair@run.a.2", "-pair@run.a.1"):
+        put(pair, ref, folders["pair@1"])
+    until_all(pair, "pair@1")
+    assert ask(pair, 0) == ("pair@1", expected["pair@1"][0])
