@@ -47,6 +47,12 @@ class Answer:
     tokens: int
     """As the server counted them (``usage``)."""
     prompt_tokens: int
+    text: str = ""
+    versions: tuple[str, ...] = ()
+    """What its chunks name as ``system_fingerprint``, each once."""
+    finish: str | None = None
+    sent: float = 0.0
+    """When its request was sent, on the monotonic clock."""
 
 
 class Events:
@@ -119,6 +125,7 @@ class Connection:
             raise LoadError(f"{self._endpoint.url} answered {status}: {text[:500]}")
         events, times = Events(), list[float]()
         usage: dict[str, Any] = {}
+        text, versions, finish = list[str](), dict[str, None](), None
         while True:
             size = int((await reader.readline()).split(b";")[0], 16)
             piece = await reader.readexactly(size)
@@ -131,8 +138,16 @@ class Connection:
                 if error := event.get("error"):
                     raise LoadError(f"{self._endpoint.url} broke off: {str(error)[:500]}")
                 usage = event.get("usage") or usage
-                if any(choice["delta"].get("content") for choice in event.get("choices", ())):
+                if version := event.get("system_fingerprint"):
+                    versions[version] = None
+                said = [choice["delta"].get("content") for choice in event.get("choices", ())]
+                finish = next(
+                    (c["finish_reason"] for c in event.get("choices", ()) if c["finish_reason"]),
+                    finish,
+                )
+                if any(said):
                     times.append(now)
+                    text += [piece for piece in said if piece]
             if size == 0:
                 break
         if headers.get("connection", "").lower() == "close":
@@ -141,7 +156,15 @@ class Connection:
             raise LoadError(f"{self._endpoint.url} sent {len(times)} pieces of text, {usage=}")
         gaps = tuple(b - a for a, b in zip(times, times[1:], strict=False))
         return Answer(
-            times[0], now, gaps, int(usage["completion_tokens"]), int(usage["prompt_tokens"])
+            times[0],
+            now,
+            gaps,
+            int(usage["completion_tokens"]),
+            int(usage["prompt_tokens"]),
+            "".join(text),
+            tuple(versions),
+            finish,
+            sent,
         )
 
 

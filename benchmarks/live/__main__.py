@@ -1,0 +1,100 @@
+"""Weights that change under load, on this machine: no request lost, none mixed, how long it takes.
+
+``updates``: two replicas of SmolLM2 answer 16 streams while three versions arrive by the shelf and
+the last is taken back; each answer is scored under the version that it names. ``leaks``: fifty
+further updates, and what memory, object store and cache blocks have grown by. ``trainer``: from a
+run's last optimiser step to the first token of its weights, for all of them and for an adapter;
+beside it the same by files and a restart of our replica, and by a restart of vLLM's CPU build.
+
+    python -m benchmarks.live --json benchmarks/results/live-....json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from benchmarks.harness import (
+    ClientLoad,
+    Target,
+    arguments,
+    default_model,
+    distribution,
+    end_properly,
+    finish,
+    model_label,
+    names_of,
+)
+from benchmarks.live import TARGETS
+from benchmarks.live.rig import Rig
+from benchmarks.live.trainer import measure_trainer
+from benchmarks.live.updates import measure_leaks, measure_updates
+
+PARTS = ("updates", "leaks", "trainer")
+__all__ = ["TARGETS", "Target", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure each part on a cluster of its own."""
+    args = parse(argv)
+    end_properly()
+    client = ClientLoad()
+    samples: dict[str, dict[str, list[float]]] = {}
+    with Rig(args.model) as rig:
+        if "updates" in args.parts or "leaks" in args.parts:
+            with rig.deployed(replicas=2, streams=args.streams) as endpoint:
+                if "updates" in args.parts:
+                    samples["updates"] = measure_updates(rig, endpoint, args)
+                if "leaks" in args.parts:
+                    samples["leaks"] = measure_leaks(rig, endpoint, args)
+        if "trainer" in args.parts:
+            samples |= measure_trainer(rig, args)
+    config = {
+        "model": model_label(args.model),
+        "streams": args.streams,
+        "updates": args.updates,
+        "new_tokens": args.new_tokens,
+        "dtype": "float32",
+        "sampling": "greedy",
+    }
+    figures = ratios(samples)
+    return finish("live", args, config, samples, figures, TARGETS, client, "warm")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the arguments."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--parts", type=names_of(PARTS), default=list(PARTS), metavar="A,B")
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--updates", type=int, default=50, help="of the leak check")
+    parser.add_argument("--steady-s", type=float, default=40.0, help="of load before an update")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    args = parser.parse_args(argv)
+    args.model = (args.model or default_model()).resolve()
+    return args
+
+
+def ratios(samples: dict[str, dict[str, list[float]]]) -> dict[str, float]:
+    """Return the figures by the names that the targets have."""
+    found: dict[str, float] = {}
+    if told := samples.get("updates"):
+        for name in ("failed_requests", "truncated_requests", "mixed_requests", "unexplained"):
+            found[name] = told[name][0]
+        steady = distribution(told["steady_gap_ms"])["p99"]
+        found["gap_ms_above_p99"] = max(told["update_gap_ms"]) - steady
+    if told := samples.get("leaks"):
+        for name in ("rss_growth_mib", "store_growth_mib", "leaked_cache_tokens"):
+            found[name] = told[name][0]
+    for name in ("full", "lora"):
+        if told := samples.get(f"trainer-{name}"):
+            found[f"trainer_to_live_s_{name}"] = told["to_first_token_s"][0]
+    if told := samples.get("restarts"):
+        for name in ("restart_s_file", "restart_s_vllm"):
+            if name in told:
+                found[name] = told[name][0]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

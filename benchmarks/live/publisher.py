@@ -1,0 +1,76 @@
+"""A process on the cluster that puts versions on the shelf: noise on the model's weights.
+
+One JSON question a line: ``{"put": 3}`` makes ``live@run.bench.3``, ``{"withdraw": 3}`` takes it
+away, ``{"status": true}`` tells the bytes on the shelf and in use by the object store.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.live.rig import NAME, NOISE
+
+
+def version(number: int) -> str:
+    """Return the reference of a version."""
+    return f"{NAME}@run.bench.{number}"
+
+
+def weights(model: Path, number: int) -> dict[str, torch.Tensor]:
+    """Return the weights of a version: the same for everybody who asks; 0 is the model itself."""
+    made = torch.Generator().manual_seed(number)
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(model.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            noise = torch.randn(tensor.shape, generator=made) * NOISE
+            moved = number > 0 and tensor.dim() > 1
+            tensors[name] = (tensor.float() + noise).to(tensor.dtype) if moved else tensor
+    return tensors
+
+
+def main() -> int:
+    """Answer until the input ends."""
+    from cluster.session import connect, current
+
+    model = Path(sys.argv[1])
+    connect(current())  # before Ray is imported
+    import ray
+
+    from cluster.weights import client
+    from cluster.weights.actors import CALL_S, agents, asked
+    from cluster.weights.files import small_files
+
+    files = small_files(model)
+    _say({"ready": True})
+    for line in sys.stdin:
+        question: dict[str, Any] = json.loads(line)
+        if "put" in question:
+            tensors = weights(model, question["put"])
+            began = time.monotonic()
+            bundle = client.publish(version(question["put"]), files, tensors.items(), f"{NAME}@1")
+            seconds = time.monotonic() - began
+            _say({"seconds": seconds, "at": time.monotonic(), "bytes": bundle.nbytes})
+        elif "withdraw" in question:
+            client.withdraw(version(question["withdraw"]))
+            _say({"at": time.monotonic()})
+        else:
+            shelves = [asked(agent.status.remote(), CALL_S) for agent in agents().values()]
+            total, free = ray.cluster_resources(), ray.available_resources()
+            used = total["object_store_memory"] - free.get("object_store_memory", 0.0)
+            _say({"shelf": sum(one["bytes"] for one in shelves), "store": used})
+    return 0
+
+
+def _say(value: dict[str, Any]) -> None:
+    print(json.dumps(value), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
