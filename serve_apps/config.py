@@ -77,6 +77,7 @@ class Fake(Frozen):
     max_model_len: PositiveInt = 2048
     max_concurrent: PositiveInt = 8
     max_queued: NonNegativeInt = 32
+    max_adapters: NonNegativeInt = 16
     token_delay_s: float = Field(0.0, ge=0)
     fail_at_token: PositiveInt | None = None
     hang_at_token: PositiveInt | None = None
@@ -110,6 +111,10 @@ class Sharded(Frozen):
     step. Never changes an answer; pays where answers repeat their prompts. 0: none."""
     quantization: Literal["none", "int8"] = "none"
     """``int8``: linear weights as 8-bit integers with one scale for each output (CPU only)."""
+    max_adapters: NonNegativeInt = 16
+    """LoRA adapters in memory at once; one more takes the place of the least recently used."""
+    max_lora_rank: PositiveInt = 64
+    """An adapter of a higher rank is refused."""
     threads: PositiveInt | None = None
     """CPU threads of a rank; by default the cores of the machine divided by its ranks."""
     start_timeout_s: PositiveFloat = 180.0
