@@ -157,7 +157,7 @@ class ShardedEngine(Engine):
         if self._adapters.get(adapter) == base:
             return
         self._refuse_unknown(base)
-        if len(self._adapters) >= self._config.max_adapters:
+        if adapter not in self._adapters and len(self._adapters) >= self._config.max_adapters:
             raise EngineError(
                 f"adapter {adapter}: {len(self._adapters)} adapters are held already "
                 "(engine.max_adapters); release one, or raise that"
