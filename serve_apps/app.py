@@ -46,12 +46,13 @@ class ServedReplica:
         from serve_apps.engine.open import open_engine
         from serve_apps.releases_actor import RemoteReleases
         from serve_apps.replica import Replica
+        from serve_apps.shelf import NodeShelf
 
         model = ModelConfig.model_validate(config)
         who = serve.get_replica_context().replica_id.unique_id
         board = RemoteReleases(revision)
         engine, meter = open_engine(model.engine), RayMeter(METRICS)
-        self._replica = Replica(model, engine, Library(), board, who, meter)
+        self._replica = Replica(model, engine, Library(), board, who, meter, NodeShelf(who))
         try:
             await self._replica.start()
         except BaseException:

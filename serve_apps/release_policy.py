@@ -147,8 +147,8 @@ def resolve(model: str, served: Mapping[str, Served]) -> tuple[Served, str | Non
         # a replica answers with its base unless it is told which adapter
         return found, found.active[-1] if found.app and found.active else None
     number = ref.version or found.aliases.get(ref.alias or "")
-    version = f"{ref.name}@{number}"
-    if number is None or version not in found.live:
+    version = str(ref) if ref.live else f"{ref.name}@{number}"
+    if version not in found.live:
         live = ", ".join(found.live) or "none"
         raise RequestError(
             f"{model:.80} is not live; versions of {ref.name} that are: {live}. Put another one "

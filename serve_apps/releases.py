@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Protocol
 
 from cluster.errors import Conflict, LibraryError, ReleaseError, RoundhouseError
-from cluster.library.ref import CHAMPION, Ref
+from cluster.library.ref import CHAMPION, NEWEST, Ref
 from cluster.library.store import Library
 from serve_apps.adapter_policy import adapters_of, after_reading
 from serve_apps.release_policy import (
@@ -34,7 +35,17 @@ from serve_apps.release_policy import (
     after_swap,
 )
 
+AWAY_S = 1.0
+"""Pause before the shelf is asked again after it did not answer."""
+
 log = logging.getLogger(__name__)
+
+
+class Shelf(Protocol):
+    """Where running jobs put versions."""
+
+    async def watch(self, have: Mapping[str, str]) -> dict[str, str]:
+        """Return the newest of each name, once that differs or a bounded time has passed."""
 
 
 @dataclass(slots=True)
@@ -60,8 +71,12 @@ class Releases:
         library: Library | None = None,
         revision: str = "",
         clock: Callable[[], float] = time.monotonic,
+        shelf: Shelf | None = None,
     ) -> None:
-        self._library = library or Library()
+        """``shelf`` tells of versions that running jobs have put there."""
+        self._library, self._shelf = library or Library(), shelf
+        self._newest: dict[str, str] = {}
+        self._following: asyncio.Task[None] | None = None
         self._revision = revision
         self._clock, self._born_s = clock, clock()
         self._models: dict[str, _Model] = {}
@@ -79,6 +94,8 @@ class Releases:
 
         After ``WATCH_S`` the same order is returned again: to ask is to live.
         """
+        if self._shelf and alias == NEWEST and self._following is None:
+            self._following = asyncio.create_task(self._follow(self._shelf))
         await self.report(name, alias, replica, report)
         until = self._clock() + WATCH_S
         while (order := self._order(name, alias)) == have:
@@ -186,6 +203,19 @@ class Releases:
             self._tell()
             return now
 
+    async def _follow(self, shelf: Shelf) -> None:
+        """Keep up with the newest version of each name on the shelf, for ever."""
+        while True:
+            try:
+                newest = await shelf.watch(self._newest)
+            except RoundhouseError as error:
+                log.warning("the shelf's directory: %s", error)
+                await asyncio.sleep(AWAY_S)
+                continue
+            if newest != self._newest:
+                self._newest = newest
+                self._tell()
+
     async def _until(
         self,
         model: _Model,
@@ -226,6 +256,8 @@ class Releases:
 
     def _active(self, name: str, alias: str) -> str | None:
         """Return the version that the library's record says; it may be moved by hand, too."""
+        if alias == NEWEST and name in self._newest:
+            return self._newest[name]
         try:
             # a bare name is its champion, and before there is one its newest version
             ref = Ref(name) if alias == CHAMPION else Ref(name, alias=alias)

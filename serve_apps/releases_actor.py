@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.errors import RoundhouseError
@@ -19,6 +20,31 @@ REPLACE_S = 20.0
 log = logging.getLogger(__name__)
 
 
+class ClusterReleases(Releases):
+    """What Ray runs: releases that follow the cluster's shelf."""
+
+    def __init__(self, revision: str) -> None:
+        super().__init__(revision=revision, shelf=ClusterShelf())
+
+
+class ClusterShelf:
+    """The shelf's directory; nothing is made before somebody asks for what is live."""
+
+    async def watch(self, have: Mapping[str, str]) -> dict[str, str]:
+        """See :class:`serve_apps.releases.Shelf`."""
+        import ray
+
+        from cluster.weights.actors import open_directory
+
+        directory = await asyncio.to_thread(open_directory)
+        try:
+            async with asyncio.timeout(CALL_S):
+                newest: dict[str, str] = await directory.watch.remote(dict(have))
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            raise ReleasesAway(f"the shelf's directory did not answer: {error}") from None
+        return newest
+
+
 def open_releases(revision: str) -> Any:
     """Return the actor's handle, making the actor where there is none.
 
@@ -27,7 +53,7 @@ def open_releases(revision: str) -> Any:
     import ray
 
     return (
-        ray.remote(Releases)
+        ray.remote(ClusterReleases)
         .options(
             name=NAME,
             namespace=NAMESPACE,
@@ -38,7 +64,7 @@ def open_releases(revision: str) -> Any:
             max_task_retries=0,
             max_concurrency=1000,
         )
-        .remote(None, revision)
+        .remote(revision)
     )
 
 

@@ -25,6 +25,7 @@ from serve_apps.metering import ReplicaMeter
 from serve_apps.prepare import Plan, prepare
 from serve_apps.sampling import answered
 from serve_apps.scores import Scorer
+from serve_apps.shelf import Shelf
 from serve_apps.tools.forced import ForcedCalls
 from serve_apps.tools.free import FreeCalls
 from serve_apps.versions import Board, Versions
@@ -50,15 +51,17 @@ class Replica:
         board: Board | None = None,
         replica_id: str = "replica",
         meter: Meter | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
         """``board`` gives orders about versions; without one the library's alias decides once.
 
-        ``meter`` takes the replica's numbers; without one nothing is counted.
+        ``meter`` takes the replica's numbers; without one nothing is counted. ``shelf`` has the
+        versions that are not in the library.
         """
         self._config, self._engine = config, engine
         self._meter = ReplicaMeter(meter, config.name, config.engine.kind) if meter else None
         self._measuring: asyncio.Task[None] | None = None
-        self._versions = Versions(config, engine, library, board, replica_id)
+        self._versions = Versions(config, engine, library, board, replica_id, shelf)
         self._adapters = Adapters(config, engine, library, self._versions)
         self._healthy = True
         self._streaming = 0

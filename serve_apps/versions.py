@@ -7,11 +7,13 @@ import logging
 from typing import Protocol
 
 from cluster.errors import EngineError, RequestError, RoundhouseError
+from cluster.library.ref import Ref
 from cluster.library.store import Library
 from cluster.text.chat import ChatText
 from serve_apps.config import ModelConfig
 from serve_apps.engine.interface import Engine
 from serve_apps.release_policy import Order, Report
+from serve_apps.shelf import Shelf
 
 AWAY_S = 0.5
 """Pause before the board is asked again after it did not answer."""
@@ -48,9 +50,11 @@ class Versions:
         library: Library,
         board: Board | None,
         replica_id: str,
+        shelf: Shelf | None = None,
     ) -> None:
+        """Without a ``shelf`` there are no versions but those of the library."""
         self._config, self._engine, self._library = config, engine, library
-        self._board, self._id = board, replica_id
+        self._board, self._id, self._shelf = board, replica_id, shelf
         self._texts: dict[str, ChatText] = {}
         self._active: str | None = None
         self._failed: dict[str, str] = {}
@@ -202,10 +206,23 @@ class Versions:
     async def _load(self, version: str) -> None:
         if going := self._draining.get(version):
             await asyncio.shield(going)  # at most drain_s
+        if self._shelf is not None and Ref.parse(version).live:
+            self._texts[version] = await self._load_from(self._shelf, version)
+            return
         found = self._library.resolve(version)
         text = await asyncio.to_thread(ChatText.load, found.path)
         await self._engine.load(version, str(found.path))
         self._texts[version] = text
+
+    async def _load_from(self, shelf: Shelf, version: str) -> ChatText:
+        """Load what lies on the shelf; the engine's own copy made, the shelf may forget it."""
+        try:
+            folder = await shelf.bring(version)
+            text = await asyncio.to_thread(ChatText.load, folder)
+            await self._engine.load(version, str(folder), shelf.holder)
+        finally:
+            await shelf.leave(version)
+        return text
 
     async def _release(self, version: str) -> None:
         try:

@@ -107,6 +107,13 @@ class Publish(Frozen):
     an adapter under a name of its own that is served beside its base (``adapters:`` of a model)."""
     hold: bool = False
     """Leave the model in the run's folder instead, as a search does with its trials'."""
+    every: PositiveInt | None = None
+    """Steps after which the weights go on the cluster's shelf, as ``NAME@run.RUN.STEP``: what is
+    deployed as ``NAME@live`` answers with the newest of them while the run goes on."""
+
+    def is_due(self, step: int) -> bool:
+        """Say whether the weights go on the shelf after this step."""
+        return self.every is not None and step % self.every == 0
 
     @field_validator("name")
     @classmethod
@@ -210,6 +217,11 @@ class FinetuneConfig(Frozen):
 
     def _check_objective(self) -> None:
         objective = self.objective
+        if self.publish.every and (objective.family != "decoder" or objective.head):
+            raise ValueError(
+                f"publish.every={self.publish.every} with objective {objective.kind}: replicas "
+                "answer with decoders that generate; leave it out"
+            )
         generates = isinstance(objective, GRPO) or (
             isinstance(objective, Distillation) and objective.lmbda > 0
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cluster import console
 from cluster.config import dump
-from cluster.errors import RoundhouseError
+from cluster.errors import ConfigError, RoundhouseError
 
 if TYPE_CHECKING:
     from train_jobs.config import FinetuneConfig
@@ -83,6 +83,11 @@ def execute(run: RunDir, config: FinetuneConfig, local: bool, resume: bool) -> i
     from train_jobs import attempts
     from train_jobs.resume import store
 
+    if local and config.publish.every:
+        raise ConfigError(
+            f"publish.every={config.publish.every} with --local: weights go live on a cluster's "
+            "shelf, and plain processes have none; leave out --local, or set publish.every=null"
+        )
     offset = run.metrics_end()
     with attempts.claim(run):
         if resume:

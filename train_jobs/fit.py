@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.errors import JobError
 from train_jobs import checkpoint
 from train_jobs.engine import forget, open_all
 from train_jobs.group import Device
@@ -23,6 +24,8 @@ from train_jobs.watch import Heart, Lost
 
 if TYPE_CHECKING:
     from cluster.library.evaluations import Figure
+    from cluster.library.store import Version
+    from train_jobs.live import LiveWeights
     from train_jobs.objectives.base import Objective
 
 
@@ -52,6 +55,8 @@ class Fit:
     heart: Heart
     intervals: dict[str, Figure] = field(default_factory=dict)
     """Of the held-out figures after, on rank 0."""
+    live: LiveWeights | None = None
+    """The way to the cluster's shelf, once it was wanted."""
 
     @classmethod
     def begin(
@@ -150,10 +155,28 @@ class Fit:
             save,
             self.since,
             guard,
+            self.go_live,
         )
         self.standing = guard.standing
         self.saver.settle()
         return progress
+
+    def go_live(self, progress: Progress) -> None:
+        """Put the weights on the cluster's shelf; a shelf that is full does not end the run."""
+        if self.live is None:
+            from cluster.weights.client import Writer
+            from train_jobs.live import LiveWeights
+
+            name = self.task.config.publish.name or self.task.base.name
+            self.live = LiveWeights(self.task.base, name, self.run.id, Writer())
+        began = time.monotonic()
+        try:
+            ref = self.live.put(self.engine, progress.step)
+        except JobError as error:
+            self.world.report({"event": "not_live", "step": progress.step, "why": str(error)})
+            return
+        seconds = round(time.monotonic() - began, 2)
+        self.world.report({"event": "live", "step": progress.step, "ref": ref, "seconds": seconds})
 
     def evaluate_before(self) -> None:
         """Measure the held-out rows first of all, and see that the figures asked for are there."""
@@ -266,7 +289,22 @@ class Fit:
         if version is None:
             return None
         self.world.report({"event": "published", "ref": version.ref})
+        if self.live:
+            self._settle(version)
         return version.ref
+
+    def _settle(self, version: Version) -> None:
+        """Let what answers as ``live`` answer with the version that lasts, and clear the shelf."""
+        from cluster.library.ref import NEWEST
+        from cluster.library.store import Library
+        from cluster.weights.client import withdraw_run
+
+        library = Library()
+        now = library.aliases(version.name).get(NEWEST)
+        if now is not None:  # it is deployed so
+            library.move_alias(version.name, NEWEST, version.number, now, self.run.id)
+        assert self.live, "the caller looks"
+        withdraw_run(self.live.prefix)
 
 
 def is_contact_lost(error: RuntimeError) -> bool:

@@ -199,6 +199,10 @@ def line(record: Mapping[str, Any]) -> str:
             return f"back to the best checkpoint, of step {record['step']}"
         case "published":
             return f"published {record['ref']}"
+        case "live":
+            return f"{record['ref']} is live, after {record['seconds']:.1f} s"
+        case "not_live":
+            return f"step {record['step']} does not go live: {record['why']}"
         case "untracked":
             return f"{record['sink']} is left out from here on: {record['why']}"
         case other:

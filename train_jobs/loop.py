@@ -37,12 +37,13 @@ def train(
     save: Callable[[Progress, Mapping[str, float]], None],
     since: Progress = START,
     guard: Guard | None = None,
+    go_live: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
     """Run the optimiser steps after ``since``; returns where it ended.
 
     ``save(progress, metrics)`` is called on every rank after each ``run.save_every`` steps, and
-    when ``guard``, a stop or a machine that goes ask for it. What is random in a step depends on
-    the seed, the step and the rank alone.
+    when ``guard``, a stop or a machine that goes ask for it; ``go_live(progress)`` after each
+    ``publish.every``. What is random in a step depends on the seed, the step and the rank alone.
 
     Raises:
         JobError: a loss or a gradient norm is not finite. Every rank raises the same words, so
@@ -107,8 +108,11 @@ def train(
         }
         world.report({"step": step + 1, "steps": order.steps, **metrics})
         looked = time.monotonic()
+        if config.publish.is_due(progress.step):
+            guard.at(step + 1, "going live")
+            go_live(progress)
         due = guard.after(progress, metrics)
-        started += time.monotonic() - looked  # held-out rows are no training
+        started += time.monotonic() - looked  # neither shelves nor held-out rows are training
         every = config.run.save_every
         due = due or bool(leaving) or bool(every and progress.step % every == 0)
         if stop or (due and guard.may_save):

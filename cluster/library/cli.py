@@ -1,4 +1,4 @@
-"""``roundhouse models ...``: import, list, show, verify, export, rm."""
+"""``roundhouse models ...``: import, list, show, verify, sign, export, push, pull, rm, gc."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import typer
 
 from cluster import console
 from cluster.errors import ConfigError, Corrupt, LibraryError
+from cluster.library.disk import readable
+from cluster.library.gc_cli import gc
+from cluster.library.lineage_cli import lineage
+from cluster.library.mirror_cli import list_at, pull, push
+from cluster.library.sign_cli import sign, verify
 from cluster.options import AsJson, DryRun, Ref, complete_version
 
 if TYPE_CHECKING:
@@ -22,6 +27,7 @@ models = typer.Typer(help="The model library.", no_args_is_help=True)
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
+    app.command()(lineage)
     app.add_typer(models, name="models")
 
 
@@ -74,10 +80,18 @@ def import_(
 
 
 @models.command("list")
-def list_(as_json: AsJson = False) -> None:
+def list_(
+    at: Annotated[
+        str | None, typer.Option(metavar="URL", help="What lies in this bucket instead.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """List every version in the library."""
     console.use_json(as_json)
-    library = _library()
+    if at is not None:
+        list_at(at, as_json)
+        return
+    library = _library(trusting=True)
     found = [version for name in library.names() for version in library.versions(name)]
     console.result({"models": [_summary(library, version) for version in found]})
     if as_json:
@@ -87,8 +101,8 @@ def list_(as_json: AsJson = False) -> None:
         manifest = version.manifest
         made = f"trained from {manifest.base}" if manifest.lineage else "imported"
         aliases = ", ".join(_aliases(library, version)) or "-"
-        size = _size(manifest.size)
-        rows.append((version.ref, aliases, _parameters(version), manifest.dtype, size, made))
+        told = (_parameters(version), manifest.dtype, readable(manifest.size), made)
+        rows.append((version.ref, aliases, *told))
     console.table("models", ["version", "aliases", "parameters", "dtype", "size", "made"], rows)
     if not rows:
         console.out("add one with `roundhouse models import SOURCE`")
@@ -98,11 +112,12 @@ def list_(as_json: AsJson = False) -> None:
 def show(ref: Ref, as_json: AsJson = False) -> None:
     """Show what is known about one version."""
     console.use_json(as_json)
-    from cluster.library import evaluations
+    from cluster.library import evaluations, signatures
 
-    library = _library()
+    library = _library(trusting=True)
     version = library.resolve(ref)
     manifest = version.manifest
+    signature = signatures.path_of(library.root, version.name, version.number)
     history = [move for move in library.alias_history(version.name) if move.to == version.number]
     measured = library.evaluations(version)
     if as_json:
@@ -113,21 +128,22 @@ def show(ref: Ref, as_json: AsJson = False) -> None:
         console.result(document)
         return
     console.out(f"{version.ref}: {_described(version)}")
-    lineage, origin = manifest.lineage, manifest.origin
+    made, origin = manifest.lineage, manifest.origin
     lines = {
         "aliases": ", ".join(_aliases(library, version)),
         "path": version.path,
         "created": manifest.created,
         "origin": origin.source if origin else None,
         "base": manifest.base,
-        "run": lineage.run_id if lineage else None,
-        "config hash": lineage.config_hash if lineage else None,
-        "code": lineage.code_revision if lineage else None,
+        "run": made.run_id if made else None,
+        "config hash": made.config_hash if made else None,
+        "code": made.code_revision if made else None,
         "licence": manifest.licence,
         "digest": manifest.digest,
+        "signature": signature if signature.exists() else None,
     }
-    lines |= lineage.models if lineage else {}
-    lines |= {f"data {file}": sha for file, sha in (lineage.data_hashes if lineage else {}).items()}
+    lines |= made.models if made else {}
+    lines |= {f"data {file}": sha for file, sha in (made.data_hashes if made else {}).items()}
     lines |= {f"metric {key}": f"{value:.6g}" for key, value in manifest.metrics.items()}
     for label, value in lines.items():
         if value:
@@ -141,19 +157,8 @@ def show(ref: Ref, as_json: AsJson = False) -> None:
     if measured:
         told = evaluations.lines(measured)
         console.table("evaluations", ["of what", "figures with 95% intervals", "when"], told)
-    rows = [(file, _size(entry.size), entry.sha256) for file, entry in manifest.files.items()]
+    rows = [(file, readable(entry.size), entry.sha256) for file, entry in manifest.files.items()]
     console.table("files", ["file", "size", "sha256"], rows)
-
-
-@models.command()
-def verify(ref: Ref, as_json: AsJson = False) -> None:
-    """Read every file of a version again and compare it with the manifest."""
-    console.use_json(as_json)
-    library = _library()
-    version = library.verify(ref)
-    files = len(version.manifest.files)
-    console.out(f"{version.ref}: {files} files, {_size(version.manifest.size)}, all as published")
-    console.result({"ref": version.ref, "ok": True, "files": files})
 
 
 @models.command()
@@ -174,15 +179,16 @@ def rm(
     console.use_json(as_json)
     from cluster.library import ref as refs
 
-    library = _library()
+    library = _library(trusting=True)
     parsed = refs.Ref.parse(ref)
     if parsed.version is None:
         raise LibraryError(f"{ref}: name the version to remove, as in {parsed.name}@3")
     try:
         version = library.get(parsed.name, parsed.version)
-        what = f"{version.ref} ({_size(version.manifest.size)}, {version.path})"
+        what = f"{version.ref} ({readable(version.manifest.size)}, {version.path})"
     except Corrupt as error:  # a damaged version is what one most wants to remove
         what = f"{ref}, which is damaged ({error})"
+    library.check_unneeded(parsed)
     if dry_run:
         console.out(f"would remove {what}")
         console.result({"dry_run": True, "ref": ref})
@@ -208,17 +214,21 @@ def export(
     library = _library()
     version = library.resolve(ref)
     if dry_run:
-        console.out(f"would copy {version.ref} ({_size(version.manifest.size)}) to {directory}")
+        console.out(f"would copy {version.ref} ({readable(version.manifest.size)}) to {directory}")
     else:
         library.export(version, directory)
         console.out(f"copied {version.ref} to {directory}")
     console.result({"dry_run": dry_run, "ref": version.ref, "directory": directory.absolute()})
 
 
-def _library() -> Library:
+for _verb in (verify, sign, push, pull, gc):  # they have files of their own
+    models.command()(_verb)
+
+
+def _library(trusting: bool = False) -> Library:
     from cluster.library.store import Library
 
-    return Library()
+    return Library(trusting=trusting)
 
 
 @contextmanager
@@ -263,7 +273,7 @@ def _described(version: Version) -> str:
         manifest.architecture.model_type,
         f"{_parameters(version)} parameters",
         manifest.dtype,
-        _size(manifest.size),
+        readable(manifest.size),
         None if manifest.tokenizer else "no tokenizer",
         None if manifest.chat_template else "no chat template",
     ]
@@ -276,7 +286,3 @@ def _parameters(version: Version) -> str:
         if count >= scale:
             return f"{count / scale:.3g}{unit}"
     return str(count)
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"

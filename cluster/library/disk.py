@@ -62,7 +62,7 @@ def copy_hashed(source: Path, target: Path) -> tuple[str, int]:
     with open(fd, "rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
         while piece := reader.read(CHUNK_BYTES):
             digest.update(piece)
-            _write_all(writer.fileno(), piece)
+            write_all(writer.fileno(), piece)
             size += len(piece)
         os.fsync(writer.fileno())
     return digest.hexdigest(), size
@@ -102,7 +102,7 @@ def write_durably(path: Path, data: bytes) -> None:
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with beside.open("xb", buffering=0) as writer:
-            _write_all(writer.fileno(), data)
+            write_all(writer.fileno(), data)
             os.fsync(writer.fileno())
         os.replace(beside, path)
     except BaseException:
@@ -175,18 +175,31 @@ def _own(lock: Path) -> int:
         os.close(fd)
 
 
-def _sweep(area: Path) -> None:
-    """Remove what ended processes left: their locks are free."""
-    for lock in area.glob("*.lock"):
-        try:
-            fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        try:
-            if _try_lock(fd):
-                _clear(lock.with_suffix(""), lock)
-        finally:
+@contextmanager
+def dead_stages(root: Path) -> Iterator[list[Path]]:
+    """Yield the staging directories of ended processes, theirs no more while the block runs."""
+    taken: list[tuple[int, Path]] = []
+    try:
+        for lock in sorted((root / ".staging").glob("*.lock")):
+            with suppress(FileNotFoundError):
+                fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+                if _try_lock(fd):  # its lock has died with its process
+                    taken.append((fd, lock))
+                else:
+                    os.close(fd)
+        yield [place for _, lock in taken if (place := lock.with_suffix("")).exists()]
+    finally:
+        for fd, lock in taken:
+            if not lock.with_suffix("").exists():
+                lock.unlink(missing_ok=True)
             os.close(fd)
+
+
+def _sweep(area: Path) -> None:
+    """Remove what ended processes left."""
+    with dead_stages(area.parent) as places:
+        for place in places:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _clear(place: Path, lock: Path) -> None:
@@ -204,10 +217,16 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
-def _write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of ``data``, in as many calls as it takes."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def readable(count: int) -> str:
+    """Return a number of bytes as people read it: ``270 MB``."""
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
 
 
 def _mb(size: int) -> str:

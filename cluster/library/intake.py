@@ -115,11 +115,19 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, int]]:
             raise _not_safetensors(path, f"a header of {length} bytes in a file of {size}")
         raw = reader.read(length)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=_once)
         header.pop("__metadata__", None)
         return _check_layout(path, header, size - 8 - length)
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
         raise _not_safetensors(path, f"its header cannot be read ({error})") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a name that is said twice: two readers could believe two things."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name comes twice")
+    return found
 
 
 def _check_layout(path: Path, header: dict[str, Any], size: int) -> dict[str, tuple[str, int]]:

@@ -150,7 +150,12 @@ class Manifest(Facts):
 
 def read_manifest(path: Path) -> Manifest:
     """Read a manifest; ValueError when it is not one, or a byte of it was changed."""
-    fields = json.loads(path.read_bytes())
+    return parse_manifest(path.read_bytes())
+
+
+def parse_manifest(raw: bytes) -> Manifest:
+    """Read a manifest's bytes; ValueError as above."""
+    fields = json.loads(raw)
     manifest = Manifest.model_validate(fields)
     # over the file's own fields: a later release may know more of them
     if manifest.seal != _seal(fields):

@@ -11,6 +11,9 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 LIVE = re.compile(r"run\.[a-z0-9-]{1,48}\.\d{1,9}")
 CHAMPION = "champion"
+NEWEST = "live"
+"""What is deployed under this alias answers with the newest version that a run has put on the
+shelf; while there is none, with the one that the library's alias names."""
 
 
 @dataclass(frozen=True, slots=True)

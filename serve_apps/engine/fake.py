@@ -84,7 +84,7 @@ class FakeEngine(Engine):
         self._started = True
         return self.info
 
-    async def load(self, version: str, directory: str) -> None:
+    async def load(self, version: str, directory: str, holder: str | None = None) -> None:
         """Remember the version; nothing is read."""
         self._alive()
         if version in self.bad_loads:

@@ -191,10 +191,12 @@ class Engine(Protocol):
     async def start(self) -> EngineInfo:
         """Start the ranks. Afterwards each rank answers; no version is loaded yet."""
 
-    async def load(self, version: str, directory: str) -> None:
-        """Read a library version's files into memory beside what is loaded already.
+    async def load(self, version: str, directory: str, holder: str | None = None) -> None:
+        """Read a version into memory beside what is loaded already.
 
-        Requests keep running meanwhile. On an error nothing has changed.
+        With ``holder``, who has the version leased, its weights come from the node's shelf and
+        ``directory`` has only the files beside them. Requests keep running meanwhile. On an error
+        nothing has changed.
         """
 
     async def activate(self, version: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from cluster.errors import EngineError, RoundhouseError
 from serve_apps.engine import attention, lora, packing, tensor_parallel
 from serve_apps.engine.kv_cache import Geometry, KVCache
 from serve_apps.engine.native import build
-from serve_apps.engine.native.decoder import NativeDecoder, unsupported
+from serve_apps.engine.native.decoder import FAMILY, NativeDecoder, unsupported
 from serve_apps.engine.native.layout import Quantization
 from serve_apps.engine.partition import check_directory
 from serve_apps.engine.plan import Row, StepPlan, blocks_for
@@ -40,7 +40,9 @@ class LoadedModel:
         directory: Path,
         ranks: int = 1,
         quantization: Quantization = "none",
+        dtype: torch.dtype | None = None,
     ) -> None:
+        """``dtype`` is what is computed in, by default the weights' own."""
         self._module, self._ranks, self._quantization = module, ranks, quantization
         self.adapters = lora.Adapters(module, ranks)
         self.native: NativeDecoder | None = None
@@ -52,12 +54,12 @@ class LoadedModel:
         self.vocab_size: int = config.vocab_size
         self.context: int | None = _context(config)
         self.device: torch.device = module.device
-        self.dtype: torch.dtype = module.dtype
+        self.dtype: torch.dtype = dtype or module.dtype
         self.geometry = Geometry(
             layers=config.num_hidden_layers,
             kv_heads=(getattr(config, "num_key_value_heads", None) or heads) // ranks,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            dtype=module.dtype,
+            dtype=self.dtype,
         )
         self.directory = directory
         self.weight_bytes = 0
@@ -106,10 +108,11 @@ class LoadedModel:
             torch.distributed.destroy_process_group(self._group)
             self._group = None
 
-    def prepare(self, step_timeout_s: float = 60.0) -> None:
+    def prepare(self, step_timeout_s: float = 60.0, proven: bool = False) -> None:
         """Pack the weights, put our attention in, and prove both on a few tokens.
 
-        EngineError names the model type and what does not hold.
+        Where a version that differs in its numbers alone was ``proven`` before, it is enough that
+        these give logits at all. EngineError names the model type and what does not hold.
 
         Several architectures accept a foreign attention by name and never call it; others add
         terms of their own to the scores. Both would answer wrongly without a word.
@@ -122,13 +125,11 @@ class LoadedModel:
         if self._quantization != "none":
             packing.round_linears(self._module)
         kernels = self._kernels()
+        if not kernels and self._module.dtype != self.dtype:
+            self._module.to(self.dtype)
         length = min(41, self.context or 41)  # several blocks
         ids = [(7 * i + 1) % self.vocab_size for i in range(length)]
-        row = torch.tensor([ids], device=self.device)
-        # The model's definition: transformers' sdpa leaves out what it cannot do, as soft caps
-        self._module.set_attn_implementation("eager")
-        with torch.inference_mode(), widened(self._module) if kernels else nullcontext():
-            reference = self._module(input_ids=row, use_cache=False).logits[0].float()
+        wanted = None if proven else self._reference(ids, bool(kernels))
         if kernels:
             self.native = NativeDecoder(kernels, self._module, self._quantization)
             self.weight_bytes = self.native.weight_bytes
@@ -141,11 +142,23 @@ class LoadedModel:
             raise self._refused(
                 f"our attention was called for layers {called} of {self.geometry.layers}"
             )
-        # Row 0 is a lone token, row 1 the last one of the whole text, which came in chunks.
-        wanted = reference[[0, length - 1]]
+        if not ours.isfinite().all():
+            raise self._refused("its logits are not finite numbers: these weights are broken")
+        if wanted is None:
+            return
         apart = float((ours - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
         if not apart <= TOLERANCE[self.dtype]:
             raise self._refused(f"its logits differ by {apart:.1e} from its own attention's")
+
+    def _reference(self, ids: list[int], widen: bool) -> torch.Tensor:
+        """Return the model's own logits ``[2, vocab]`` of the first token and of the last."""
+        # The model's definition: transformers' sdpa leaves out what it cannot do, as soft caps
+        self._module.set_attn_implementation("eager")
+        row = torch.tensor([ids], device=self.device)
+        with torch.inference_mode(), widened(self._module) if widen else nullcontext():
+            logits: torch.Tensor = self._module(input_ids=row, use_cache=False).logits[0].float()
+        # Row 0 is a lone token, row 1 the last one of the whole text, which comes in chunks.
+        return logits[[0, len(ids) - 1]]
 
     def _kernels(self) -> ctypes.CDLL | None:
         """Return the native kernels if they compute this model whole."""
@@ -239,13 +252,16 @@ def read_model(
     dtype: torch.dtype,
     ranks: int = 1,
     quantization: Quantization = "none",
+    state: Mapping[str, torch.Tensor] | None = None,
 ) -> LoadedModel:
     """Read this rank's share of a causal decoder; safetensors only, no remote code.
 
-    With several ranks each must call this at the same time. Raises EngineError for a directory
-    that holds no such model, ConfigError for one that does not divide among the ranks.
+    ``state`` has the weights where ``directory`` has only what they need beside them. With several
+    ranks each must call this at the same time. Raises EngineError for what is no such model,
+    ConfigError for one that does not divide among the ranks.
     """
     # Imported here: the auto classes take seconds, and only a rank that loads needs them.
+    from transformers.models.auto.configuration_auto import AutoConfig
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -257,10 +273,43 @@ def read_model(
     check_directory(path, ranks, directory)
     try:
         sharding = tensor_parallel.sharding_arguments(path, ranks)
-        module = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, **sharding
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        narrow = device.type == "cpu" and ranks == 1 and quantization == "none"
+        read_as = _read_as(config, dtype, state) if narrow else dtype
+        if state is None:
+            loader, given = AutoModelForCausalLM, {}
+        else:
+            loader, given = _class_of(config), {"state_dict": dict(state)}
+        module = loader.from_pretrained(
+            None if state else path,
+            config=config,
+            dtype=read_as,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **given,
+            **sharding,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise EngineError(f"{directory} cannot be loaded as a causal decoder: {error}") from error
     module.to(device).eval().requires_grad_(False)
-    return LoadedModel(module, path, ranks, quantization)
+    return LoadedModel(module, path, ranks, quantization, dtype)
+
+
+def _class_of(config: Any) -> Any:
+    """Return the class that the auto classes choose: they themselves insist on a path."""
+    from transformers.models.auto.auto_factory import _get_model_class
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{config.model_type} is no causal decoder")
+    return _get_model_class(config, MODEL_FOR_CAUSAL_LM_MAPPING)
+
+
+def _read_as(
+    config: Any, dtype: torch.dtype, state: Mapping[str, torch.Tensor] | None
+) -> torch.dtype:
+    """Return bfloat16 where the weights are stored so and our kernels widen them as they go."""
+    stored = next(iter(state.values())).dtype if state else config.get_text_config().dtype
+    if stored == torch.bfloat16 and config.model_type in FAMILY and build.library():
+        return torch.bfloat16
+    return dtype

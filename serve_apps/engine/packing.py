@@ -62,7 +62,7 @@ class NativeLinear(_Packed):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ weight.T + bias`` in the dtype of ``x``."""
         wide = x.reshape(-1, self.in_features).float().contiguous()
-        out = torch.empty(len(wide), self.out_features)
+        out = torch.empty(len(wide), self.out_features, dtype=torch.float32)
         self._library.rh_linear(
             ctypes.byref(self._matrix),
             ctypes.c_void_p(wide.data_ptr()),

@@ -54,6 +54,8 @@ class Rank(ABC):
         self._stopping = self._ended = False
         self._steps = 0
         self._jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._proven: set[str] = set()
+        """Configurations of which a version was computed as its model does."""
 
     def run(self) -> None:
         """Join the other ranks and serve until told to stop."""
@@ -184,7 +186,7 @@ class Rank(ABC):
                 if message["t"] == "adapt":
                     told = self._adapt(**{k: message[k] for k in ADAPT})
                 else:
-                    told = self._load(message["version"], message["directory"])
+                    told = self._load(message["version"], message["directory"], message["holder"])
             except RoundhouseError as error:
                 self._reply_error(message, type(error).__name__, str(error))
             except Exception as error:
@@ -193,16 +195,12 @@ class Rank(ABC):
             else:
                 self._reply(message, told)
 
-    def _load(self, version: str, directory: str) -> dict[str, Any]:
-        from serve_apps.engine.model import read_model
-
+    def _load(self, version: str, directory: str, holder: str | None) -> dict[str, Any]:
         spec, group = self._spec, self._group
-        model = group.all_or_none(
-            lambda: read_model(
-                directory, self._device, self._dtype, spec.num_ranks, spec.quantization
-            )
-        )
-        group.all_or_none(lambda: model.prepare(spec.step_timeout_s))
+        model = group.all_or_none(lambda: self._read_model(version, directory, holder))
+        shape = (Path(directory) / "config.json").read_text()
+        group.all_or_none(lambda: model.prepare(spec.step_timeout_s, shape in self._proven))
+        self._proven.add(shape)
         self._ready(model)
         trim()
         length = min(spec.max_model_len, model.context or spec.max_model_len)
@@ -243,6 +241,15 @@ class Rank(ABC):
                 model.adapters.drop(adapter)  # it may fit here and on another rank not
             raise
 
+    def _read_model(self, version: str, directory: str, holder: str | None) -> LoadedModel:
+        from serve_apps.engine.model import read_model
+
+        spec = self._spec
+        state = from_shelf(version, holder) if holder else None
+        return read_model(
+            directory, self._device, self._dtype, spec.num_ranks, spec.quantization, state
+        )
+
     @abstractmethod
     def _cache_made(self, cache: KVCache) -> None:
         """Take note of a new cache, under the lock."""
@@ -280,6 +287,15 @@ class Rank(ABC):
     def _send(self, message: dict[str, Any]) -> None:
         with self._send_lock:
             self._sock.sendall(pack(message))
+
+
+def from_shelf(version: str, holder: str) -> dict[str, torch.Tensor]:
+    """Return a version's tensors as they lie on this node's shelf, each checked by its hash."""
+    from cluster.weights.client import fetch
+    from cluster.weights.layout import tensor_of
+
+    whole = fetch(version, holder).whole()
+    return {name: tensor_of(array, dtype) for name, dtype, array in whole}
 
 
 def trim() -> None:

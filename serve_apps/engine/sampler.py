@@ -249,7 +249,8 @@ def _ban_stops(
     if entries:
         at, ids, values = zip(*entries, strict=True)
         index = torch.tensor([at, ids], device=logits_BV.device)
-        logits_BV[index[0], index[1]] = torch.tensor(values, device=logits_BV.device)
+        told = torch.tensor(values, dtype=logits_BV.dtype, device=logits_BV.device)
+        logits_BV[index[0], index[1]] = told
 
 
 def _mask(

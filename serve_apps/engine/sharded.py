@@ -115,7 +115,7 @@ class ShardedEngine(Engine):
 
     # Versions
 
-    async def load(self, version: str, directory: str) -> None:
+    async def load(self, version: str, directory: str, holder: str | None = None) -> None:
         """Have every rank read its share of a version, beside what it runs."""
         if version in self._versions:
             return
@@ -124,6 +124,7 @@ class ShardedEngine(Engine):
             self._config.start_timeout_s,
             version=version,
             directory=str(Path(directory).absolute()),
+            holder=holder,
         )
         self._versions.add(version)
         self.weight_bytes[version] = [rank.pop("weight_bytes", 0) for rank in told]

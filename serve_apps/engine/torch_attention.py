@@ -111,7 +111,7 @@ class TorchPlan:
         hidden = positions >= ends[:, None]
         if window is not None:
             hidden |= positions < ends[:, None] - window
-        mask_RK = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        mask_RK = torch.zeros(hidden.shape, dtype=torch.float32).masked_fill_(hidden, float("-inf"))
         return Group(
             torch.tensor([s.t0 for s in spans], device=device),
             self._head_blocks(blocks_RB).to(device),

@@ -103,8 +103,9 @@ def refreshed(
     place: Place, base: Path, fields: dict[str, Any], data: Dataset, home: Path
 ) -> dict[str, Any]:
     """Train a policy whose app is a library entry that follows its alias at once."""
+    from train_jobs.live import Weights
     from train_jobs.objectives.grpo import GroupRelative
-    from train_jobs.objectives.refresh import Refresh, policy_tensors
+    from train_jobs.objectives.refresh import Refresh
 
     with patch.dict(os.environ, ROUNDHOUSE_HOME=str(home)):
         library = Library()
@@ -120,7 +121,7 @@ def refreshed(
         Refresh("policy", start, objective.sync_every, answers).step(session.engine)
         now = library.resolve("policy")
         stored = load_file(now.path / "model.safetensors")
-        live = policy_tensors(session.engine.module)
+        live = Weights(session.engine.module).all()
         trained = live_tensors(merged(session.engine.module))  # what an export would write
         return {
             "card": (now.path / CARD).read_text(),

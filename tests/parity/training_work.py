@@ -76,9 +76,10 @@ class Session:
         save: Any = lambda progress, metrics: None,
         since: Progress = START,
         guard: Guard | None = None,
+        go_live: Any = lambda progress: None,
     ) -> Progress:
         what = (self.engine, self.config, self.objective, self.data, self.order, self.world)
-        return loop.train(*what, save, since, guard)
+        return loop.train(*what, save, since, guard, go_live)
 
     def whole(self) -> dict[str, torch.Tensor]:
         """Return every tensor of the model, gathered under ZeRO 3."""

@@ -185,8 +185,9 @@ async def test_an_adapter_that_does_not_load_is_not_promoted_and_says_why(tmp_pa
         put(s.library, tmp_path, "red", "tiny@1", mark=1)
         with pytest.raises(ReleaseError, match="red@2 cannot be served.*nothing changed"):
             await s.releases.promote("red", 2)
-        put(s.library, tmp_path, "red", "nobody@7", mark=2)
-        with pytest.raises(ReleaseError, match="made for nobody@7, and this replica holds tiny@1"):
+        publish(s.library, tmp_path, "other", "z")
+        put(s.library, tmp_path, "red", "other@1", mark=2)
+        with pytest.raises(ReleaseError, match="made for other@1, and this replica holds tiny@1"):
             await s.releases.promote("red", 3)
         assert await s.named("red") == ("red@1", "tiny@1")
 

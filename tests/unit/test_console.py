@@ -58,6 +58,7 @@ READ_ONLY = {
     "jobs list",
     "jobs logs",
     "keys list",
+    "lineage",
     "models list",
     "models show",
     "models verify",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
 import pickle
 import struct
 import sys
@@ -66,6 +67,13 @@ def entry(begin: int, end: int, shape: list[int] | None = None, dtype: str = "F3
     return {"dtype": dtype, "shape": shape or [(end - begin) // 4], "data_offsets": [begin, end]}
 
 
+def twice() -> bytes:
+    """Return a header that says a tensor twice: two readers may believe two things."""
+    one, two = (json.dumps(entry(0, 16, shape))[1:-1] for shape in ([4], [2, 2]))
+    raw = f'{{"w": {{{one}}}, "w": {{{two}}}}}'.encode()
+    return struct.pack("<Q", len(raw)) + raw + bytes(16)
+
+
 MALICIOUS = {
     "zip": zipped(),
     "pickle": pickle.dumps({"w": [1.0] * 64}),
@@ -79,6 +87,8 @@ MALICIOUS = {
     "past_the_data": header({"w": entry(0, 1 << 40)}, bytes(16)),
     "shape_lies": header({"w": entry(0, 16, [1 << 40])}, bytes(16)),
     "negative": header({"w": entry(0, 16, [-2, -2])}, bytes(16)),
+    "twice": twice(),
+    "zip_in_front": zipped() + header({"w": entry(0, 16)}, bytes(16)),
     "dtype": header({"w": entry(0, 16, [4], "PICKLE")}, bytes(16)),
     "list": header([1, 2], bytes(16)),
     "no_offsets": header({"w": {}}, bytes(16)),
@@ -154,6 +164,40 @@ def test_t16_python_files_are_refused(source: Path) -> None:
         inspect(source)
 
 
+def test_t16_nothing_of_a_model_is_imported(
+    library: Library, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+
+    class Watcher:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            looked.append(f"{name} {path}")
+
+    package = source / "modeling"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('imported')")
+    (source / "evil.pyc").write_bytes(b"x")
+    (source / "evil.so").write_bytes(b"x")
+    monkeypatch.setattr(sys, "meta_path", [Watcher, *sys.meta_path])
+    before = list(sys.path)
+    version = import_model(library, str(source), "tiny").version
+    assert len(version.manifest.files) == 10
+    assert sys.path == before
+    assert not [one for one in looked if str(source) in one or one.startswith(("modeling", "evil"))]
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
+def test_t15_what_is_no_file_is_not_waited_for(source: Path, name: str) -> None:
+    (source / name).unlink()
+    os.mkfifo(source / name)
+    if name == "tokenizer.json":
+        assert name in inspect(source).left_out
+        return
+    with pytest.raises(LibraryError):
+        inspect(source)
+
+
 def test_t17_links_out_are_refused_links_inside_are_followed(source: Path, tmp_path: Path) -> None:
     (source / "blob").write_text("a b")
     (source / "merges.txt").unlink()
@@ -165,17 +209,26 @@ def test_t17_links_out_are_refused_links_inside_are_followed(source: Path, tmp_p
         inspect(source)
 
 
-def test_odd_names_directories_and_manifests_are_left_out(source: Path) -> None:
-    for name in ("a b.json", "-x.json", ".hidden.json", "ü.json", "x.json\n", "manifest.json"):
+def test_t17_odd_names_directories_and_manifests_are_left_out(source: Path) -> None:
+    long = "x" * 200 + ".json"
+    for name in (
+        "a b.json",
+        "-x.json",
+        ".hidden.json",
+        "ü.json",
+        "x.json\n",
+        "manifest.json",
+        long,
+    ):
         (source / name).write_text("{}")
     (source / "onnx").mkdir()
     (source / "dir.json").mkdir()
     taken = inspect(source)
     assert len(taken.files) == 10
-    assert len(taken.left_out) == 8
+    assert len(taken.left_out) == 9
 
 
-def test_case_twins_are_refused(source: Path) -> None:
+def test_t17_case_twins_are_refused(source: Path) -> None:
     (source / "Config.json").write_text("{}")
     with pytest.raises(LibraryError, match="Config.json and config.json differ in case only"):
         inspect(source)

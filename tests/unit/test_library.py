@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 from collections import namedtuple
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,10 @@ from cluster.errors import (
     NotEnough,
     UnknownModel,
 )
-from cluster.library import disk
+from cluster.library import disk, layout, store
+from cluster.library.garbage import collect
 from cluster.library.manifest import MANIFEST, Facts, Lineage
-from cluster.library.store import Library
+from cluster.library.store import Library, Version
 from tests.unit.library_fixtures import model
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -125,6 +127,15 @@ def test_alias_moves_by_compare_and_swap_and_keeps_its_history(
     ]
 
 
+def test_what_is_no_model_among_the_models_is_left_out(library: Library, source: Path) -> None:
+    library.publish("tiny", source, Facts())
+    (library.root / "models/Lost + Found").mkdir()
+    (library.root / "models/a file").write_text("x")
+    assert library.names() == ["tiny"]
+    assert collect(library) == []
+    library.remove("tiny@1")
+
+
 def test_damaged_aliases_are_told(library: Library, source: Path) -> None:
     library.publish("tiny", source, Facts())
     (library.root / "models/tiny/aliases.json").write_text('{"aliases": {"champion": -1}}')
@@ -179,36 +190,84 @@ def test_what_a_killed_publish_left_is_removed_by_the_next(library: Library, sou
     assert list((library.root / ".staging").iterdir()) == []
 
 
-def _publish_many(root: str, source: str, count: int) -> list[int]:
-    library = Library(root)
-    return [library.publish("tiny", Path(source), Facts()).number for _ in range(count)]
+def test_t34_an_alias_that_moves_while_it_is_looked_up_is_found(
+    library: Library, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        library.publish("tiny", source, Facts())
+    library.move_alias("tiny", "champion", 1, None, "me")
+    real = Library.get
+
+    def late(self: Library, name: str, number: int) -> Version:
+        if number == 1 and library.aliases("tiny")["champion"] == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(Library, "get", real)
+                library.move_alias("tiny", "champion", 2, 1, "somebody else")
+                library.remove("tiny@1")
+        return real(self, name, number)
+
+    monkeypatch.setattr(Library, "get", late)
+    assert library.resolve("tiny@champion").number == 2
 
 
-def _promote_many(root: str, count: int) -> int:
-    library, won = Library(root), 0
-    for _ in range(count):
-        now = library.aliases("tiny").get("champion")
-        try:
-            library.move_alias("tiny", "champion", library.versions("tiny")[-1].number, now, "p")
-            won += 1
-        except Conflict:
-            continue
-    return won
+def test_t34_a_version_removed_while_it_is_read_is_not_called_damaged(
+    library: Library, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for act in (
+        lambda version: library.verify(version),
+        lambda version: library.export(version, tmp_path / "out"),
+    ):
+        version = library.publish("tiny", source, Facts())
+        found = library.resolve(version.ref)
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "resolve", lambda _, found=found: found)
+            library.remove(version.ref)
+            with pytest.raises(UnknownModel, match=f"{version.ref}: no such model"):
+                act(version)
 
 
-def test_t34_publishes_and_promotions_at_once(library: Library, source: Path) -> None:
+def test_t34_of_two_removals_one_says_that_there_was_nothing(
+    library: Library, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library.publish("tiny", source, Facts())
-    with SPAWN.Pool(4) as pool:
-        numbers = pool.starmap_async(_publish_many, [(str(library.root), str(source), 4)] * 3)
-        moves = pool.starmap_async(_promote_many, [(str(library.root), 12)] * 2, chunksize=1)
-        given_out = [number for few in numbers.get(60) for number in few]
-        won = sum(moves.get(60))
-    assert sorted(given_out) == list(range(2, 14))
-    history = library.alias_history("tiny")
-    assert len(history) == won
-    assert [move.before for move in history] == [None, *(move.to for move in history[:-1])]
-    for version in library.versions("tiny"):
-        library.verify(version.ref)
+    real = disk.locked
+
+    def slow(path: Path, what: str) -> AbstractContextManager[None]:
+        monkeypatch.setattr(store, "locked", real)
+        library.remove("tiny@1")  # while the other waits for the lock
+        return real(path, what)
+
+    monkeypatch.setattr(store, "locked", slow)
+    with pytest.raises(UnknownModel):
+        library.remove("tiny@1")
+
+
+def test_rc07_what_others_were_made_with_is_not_removed(library: Library, source: Path) -> None:
+    library.publish("tiny", source, Facts())
+    library.publish("teacher", source, Facts())
+    lineage = Lineage(run_id="r1", config_hash="c", models={"teacher": "teacher@1"})
+    library.publish("student", source, Facts(base="tiny@1", lineage=lineage))
+    with pytest.raises(LibraryError, match=r"tiny@1: student@1 \(base\) was made with it; remove"):
+        library.remove("tiny@1")
+    with pytest.raises(LibraryError, match=r"teacher@1: student@1 \(teacher\) was made with it"):
+        library.remove("teacher@1")
+    library.verify("tiny@1")
+    library.remove("student@1")
+    library.remove("teacher@1")
+    library.remove("tiny@1")
+    assert library.names() == []
+    kept = library.removed("student", 1)
+    assert kept is not None
+    assert kept.lineage == lineage
+
+
+def test_an_adapter_without_its_base_does_not_appear(library: Library, source: Path) -> None:
+    facts = Facts(kind="adapter", base="tiny@1")
+    with pytest.raises(UnknownModel, match="tiny@1: no such model"):
+        library.publish("lora", source, facts)
+    assert library.versions("lora") == []
+    library.publish("tiny", source, Facts())
+    assert library.publish("lora", source, facts).manifest.base == "tiny@1"
 
 
 def test_t35_a_flipped_byte_is_found_in_every_file(library: Library, source: Path) -> None:
@@ -258,6 +317,30 @@ def test_t35_extra_missing_and_foreign_files_are_named(
         library.verify("tiny@2")
 
 
+def test_t35_each_missing_file_and_each_kind_of_extra_is_named(
+    library: Library, source: Path
+) -> None:
+    version = library.publish("tiny", source, Facts())
+    for name in version.manifest.files:
+        kept = (version.path / name).rename(source / "kept")
+        with pytest.raises(Corrupt, match=f"{name}: No such file"):
+            library.verify("tiny@1")
+        (version.path / name).symlink_to(kept)
+        with pytest.raises(Corrupt, match=f"{name}: is a link now"):
+            library.verify("tiny@1")
+        (version.path / name).unlink()
+        kept.rename(version.path / name)
+    library.verify("tiny@1")
+    for extra in ("extra.json", ".hidden.py", "modeling.py", "model-2.safetensors"):
+        (version.path / extra).write_text("{}")
+        with pytest.raises(Corrupt, match=f"{extra}: not in the manifest"):
+            library.verify("tiny@1")
+        (version.path / extra).unlink()
+    (version.path / "folder").mkdir()
+    with pytest.raises(Corrupt, match="folder: not in the manifest"):
+        library.verify("tiny@1")
+
+
 BAD_NAMES = ["../x", "/etc", "a:..", "%2e%2e", "a\0b", "a" * 300, "Tiny", "CON", "", "a/b", "a\n"]
 
 
@@ -276,6 +359,16 @@ def test_t17_bad_names_are_refused_everywhere(library: Library, source: Path, na
         with pytest.raises(ConfigError):
             act()
     assert not library.root.exists()
+
+
+@pytest.mark.parametrize("alias", [*BAD_NAMES, "0", "1x", "a" * 33, "champion@2", "a.b"])
+def test_t17_bad_aliases_are_refused(library: Library, source: Path, alias: str) -> None:
+    library.publish("tiny", source, Facts())
+    with pytest.raises(ConfigError):
+        library.move_alias("tiny", alias, 1, None, "me")
+    with pytest.raises(ConfigError):
+        library.resolve(f"tiny@{alias}")
+    assert library.aliases("tiny") == {}
 
 
 @given(text=st.text(max_size=80) | st.from_regex(r"[a-z0-9./%\\:@-]{1,40}", fullmatch=True))
@@ -364,7 +457,28 @@ def test_t36_failure_at_every_write_of_a_publish_changes_nothing(
     assert library.versions("tiny")[-1].manifest.digest == library.get("tiny", 1).manifest.digest
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_t36_failed_removal_leaves_a_whole_version_or_none(
+    library: Library, source: Path, code: int
+) -> None:
+    for calls in range(20):
+        version = library.publish("tiny", source, Facts())
+        with pytest.MonkeyPatch.context() as patch:
+            Failing(patch, calls, code)
+            try:
+                library.remove(version.ref)
+                break
+            except (LibraryError, NotEnough):
+                pass
+        if version in library.versions("tiny"):
+            library.verify(version.ref)
+        else:
+            collect(library)
+            assert {path.name for path in version.path.iterdir()} == {layout.REMOVED}
+    assert 1 < calls < 19
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
 def test_t36_failed_promotion_leaves_the_old_alias(
     library: Library, source: Path, code: int
 ) -> None:

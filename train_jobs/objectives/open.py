@@ -92,7 +92,7 @@ def _group_relative(config: FinetuneConfig, settings: GRPO) -> Objective:
     from cluster.library.store import Library
     from train_jobs.objectives.refresh import Refresh
 
-    sampler = ServeSampler(settings.app)
+    sampler = ServeSampler(settings.app.partition("@")[0])
     base = Library().resolve(config.model)
     return GroupRelative(
         settings, sampler, Refresh(settings.app, base, settings.sync_every, sampler)

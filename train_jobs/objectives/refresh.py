@@ -1,14 +1,16 @@
 """The model that generates gets the weights that were learnt, as a version of its own name.
 
-A replica follows its alias in the library: when that moves it loads the version, lets answers of
-the old one finish, and says with each answer which version gave it.
+What is deployed as ``NAME@live`` takes them from the cluster's shelf, in memory; any other app from
+the library, through files. Either way a replica loads the version beside the old one, lets its
+answers finish, and says with each answer which version gave it.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -16,9 +18,10 @@ import torch.distributed as dist
 from cluster.errors import JobError, RoundhouseError
 from cluster.generation import Ask, Sampler
 from cluster.library.manifest import CARD, Facts
-from cluster.library.ref import CHAMPION
+from cluster.library.ref import CHAMPION, NEWEST
 from cluster.library.store import Library, Version
-from train_jobs.export import live_tensors, write_model
+from train_jobs.export import write_model
+from train_jobs.live import LiveWeights, Weights, Writer
 
 WAIT_S = 300.0
 POLL_S = 0.5
@@ -28,8 +31,19 @@ NOTE = "a policy in training, published to generate with"
 class Refresh:
     """Publishes the policy every few steps and waits until the app answers with it."""
 
-    def __init__(self, app: str, base: Version, every: int, sampler: Sampler) -> None:
-        self._app, self._base, self._every, self._sampler = app, base, every, sampler
+    def __init__(
+        self,
+        app: str,
+        base: Version,
+        every: int,
+        sampler: Sampler,
+        writer: Callable[[], Writer] | None = None,
+    ) -> None:
+        """``app``: ``NAME`` or ``NAME@live``; ``writer`` opens another shelf than the cluster's."""
+        name, _, alias = app.partition("@")
+        self._app, self._base, self._every, self._sampler = name, base, every, sampler
+        self._writer = (writer or _shelf) if alias == NEWEST else None
+        self._live: LiveWeights | None = None
         self._steps = 0
 
     def step(self, engine: Any) -> None:
@@ -38,21 +52,34 @@ class Refresh:
         self._steps += 1
         if not due:
             return
+        ref = self._put(engine) if self._writer else None
         told: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
-                self._renew(engine)
+                if ref is None:
+                    self._renew(engine)
+                else:
+                    self._await(ref)
             except RoundhouseError as error:
                 told[0] = str(error)
         dist.broadcast_object_list(told)
         if told[0]:
             raise JobError(f"the app {self._app} was not given new weights: {told[0]}")
 
+    def _put(self, engine: Any) -> str:
+        """Put the policy on the shelf; every rank calls it."""
+        if self._live is None:
+            assert self._writer, "the caller looks"
+            word = [f"policy-{uuid.uuid4().hex[:8]}"]
+            dist.broadcast_object_list(word)
+            self._live = LiveWeights(self._base, self._app, word[0], self._writer())
+        return self._live.put(engine, self._steps - 1)
+
     def _renew(self, engine: Any) -> None:
         library = Library()
         staging = library.root / f".{self._app}-policy"
         shutil.rmtree(staging, ignore_errors=True)
-        write_model(policy_tensors(engine.module), self._base.path, staging)
+        write_model(Weights(engine.module).all(), self._base.path, staging)
         (staging / CARD).write_text(f"# {self._app}\n\nMade from `{self._base.ref}`: {NOTE}.\n")
         old = self._base.manifest
         facts = Facts(
@@ -100,32 +127,7 @@ class Refresh:
             time.sleep(POLL_S)
 
 
-def policy_tensors(module: Any) -> Mapping[str, Any]:
-    """Return the weights by the base's names, an adapter added; the module stays as it is."""
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _shelf() -> Writer:
+    from cluster.weights import client
 
-    if not isinstance(module, PeftModel):
-        return live_tensors(module)
-    model = module.get_base_model()
-    found: dict[str, Any] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer):
-            found[f"{name}.weight"] = _sum_of(layer)
-    plain = {name.replace(".base_layer", ""): value for name, value in live_tensors(model).items()}
-    return plain | found
-
-
-def _sum_of(layer: Any) -> Any:
-    """Return what a layer multiplies by: its weight and its addition, as its forward pass has it.
-
-    DoRA's is not a sum: peft has a merge of its own for it, which scales each row.
-    """
-    import torch
-
-    [adapter] = layer.active_adapters
-    base, variant = layer.get_base_layer().weight, layer.lora_variant.get(adapter)
-    with torch.no_grad():
-        if variant is not None:
-            return variant.merge_safe(layer, adapter, base.detach().clone())
-        return base.detach() + layer.get_delta_weight(adapter)
+    return client.Writer()

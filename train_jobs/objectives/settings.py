@@ -257,7 +257,8 @@ class GRPO(Settings):
     reward_weights: tuple[float, ...] | None = None
     """One for each reward; by default 1."""
     app: str | None = None
-    """The model of the cluster, by name, that generates. Without one the run's own processes do."""
+    """The model of the cluster that generates, by name; where it is deployed as ``NAME@live``, and
+    called so here, it gets the run's weights in memory. Without one the run's own processes do."""
     num_generations: int = Field(8, ge=2)
     """Answers to each prompt."""
     max_completion_length: PositiveInt = 128
@@ -290,6 +291,11 @@ class GRPO(Settings):
             module, colon, function = name.partition(":")
             if not (colon and function.isidentifier() and module.replace(".", "_").isidentifier()):
                 raise ValueError(f"rewards: {name!r:.80} is not of the form package.module:name")
+        if self.app and self.app.partition("@")[2] not in ("", "live"):
+            raise ValueError(
+                f"app: {self.app!r:.80} is neither NAME nor NAME@live; a run gives new weights to "
+                "what is deployed under one of these"
+            )
         if self.app and self.temperature != 1:
             raise ValueError(
                 f"temperature={self.temperature:g} with app: a served model reports probabilities "

@@ -107,7 +107,7 @@ class NativeDecoder:
         wanted_at = torch.tensor(wanted, dtype=torch.int32)
         x = F.embedding(torch.tensor(ids), self._embedding).float()
         cos, sin = (part[torch.tensor(positions)] for part in self._angles_to(max(positions)))
-        logits = torch.empty(len(wanted), self._decoder.vocab)
+        logits = torch.empty(len(wanted), self._decoder.vocab, dtype=torch.float32)
         tables = attending.tables_RB
         numbers = (attending.t0_R, attending.starts_R, attending.counts_R, tables)
         step = layout.Step(

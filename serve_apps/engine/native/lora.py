@@ -69,7 +69,7 @@ class NativeLora:
         begins = iter(range(0, rank * len(given), rank))
         ups, starts = [], []
         for part, size in zip(parts, outputs, strict=True):
-            wide = torch.zeros(size, rank)
+            wide = torch.zeros(size, rank, dtype=torch.float32)
             if part:
                 wide[:, : part.up.shape[1]] = part.up
             ups.append(layout.panels(wide))

@@ -1,0 +1,239 @@
+"""One node's part of the shelf: it puts pieces into the object store, and so owns them.
+
+A plain class; `cluster.weights.actors` makes one detached actor of it a node. What it put lives
+as long as it does, whoever handed it over: an object dies with the process that put it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from cluster.errors import Corrupt, LibraryError, UnknownModel
+from cluster.library.ref import Ref
+from cluster.library.store import Library
+from cluster.weights.files import small_files, stored_tensors
+from cluster.weights.inventory import Inventory
+from cluster.weights.layout import Array, Bundle, Piece, Tensor, check, cut, hash_of
+
+GROUP_BYTES = 64 << 20
+"""Fetched from another node, or read from disk, before it is put: what a copy of it takes."""
+
+
+class Store(Protocol):
+    """Where pieces lie: the object store, or a dict in a test."""
+
+    def put(self, array: Array) -> Any:
+        """Take a copy; what is returned keeps it."""
+
+    def get(self, references: Sequence[Any]) -> list[Array]:
+        """Return what lies there, without a copy where it lies on this node."""
+
+
+class Elsewhere(Protocol):
+    """What other nodes have."""
+
+    def find(self, ref: str) -> Bundle | None:
+        """Return a version that lies on some node, whole among all of them."""
+
+    def references(self, ref: str, pieces: Sequence[str]) -> dict[str, Any]:
+        """Return references to pieces of a version from whatever nodes have them."""
+
+    def have(self, bundle: Bundle) -> None:
+        """Tell the others that this node has a version."""
+
+    def lost(self, ref: str) -> None:
+        """Tell the others that this node has it no more."""
+
+
+class Agent:
+    """Methods may be called from several threads at once."""
+
+    def __init__(
+        self,
+        store: Store,
+        budget: int,
+        elsewhere: Elsewhere,
+        library: Library | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``budget`` in bytes; versions that an alias of ``library`` means are kept."""
+        self._store, self._elsewhere, self._clock = store, elsewhere, clock
+        self._library = library or Library()
+        self._inventory = Inventory(budget, self._pinned)
+        self._lock = threading.RLock()  # over the inventory and the references
+        self._making: dict[str, threading.Lock] = {}
+        self._references: dict[str, Any] = {}
+
+    def begin(self, parcel: str, pieces: Mapping[str, int]) -> list[str]:
+        """Make room for pieces; return those that are not here yet. Raises NotEnough."""
+        with self._lock:
+            before = set(self._inventory.versions)
+            missing = self._inventory.begin(parcel, pieces, self._clock())
+            self._forget_pieces()
+            for ref in before - set(self._inventory.versions):
+                self._elsewhere.lost(ref)
+            return missing
+
+    def put(self, parcel: str, piece: str, array: Array) -> None:
+        """Take one piece, whose hash the caller has computed; readers check it."""
+        reference = self._store.put(array)
+        with self._lock:
+            self._references[piece] = reference
+            self._inventory.arrived(parcel, piece, array.nbytes, self._clock())
+
+    def finish(self, parcel: str, bundle: Bundle, tell: bool = True) -> None:
+        """All pieces of this node have come: from now on the version is here.
+
+        Where several nodes have their part, the writer does not let each of them ``tell``: it
+        says so once, for all.
+        """
+        with self._lock:
+            self._inventory.finish(parcel, bundle, self._clock())
+            self._inventory.sweep(self._clock())
+            self._forget_pieces()
+        if tell:
+            self._elsewhere.have(bundle)
+
+    def abandon(self, parcel: str) -> None:
+        """Forget what a writer left on its way."""
+        with self._lock:
+            self._inventory.abandon(parcel)
+            self._inventory.sweep(self._clock())
+            self._forget_pieces()
+
+    def take(self, ref: str, holder: str) -> tuple[Bundle, dict[str, list[Any]]]:
+        """Return a version and a reference to each of its pieces, in a list so that none is read.
+
+        What is not here comes from other nodes, else from the library. ``holder`` has it leased
+        from now on. Raises UnknownModel where nobody has it, NotEnough where it does not fit.
+        """
+        with self._lock:
+            making = self._making.setdefault(ref, threading.Lock())
+        with making:  # of several replicas that start at once, one fetches
+            if not self._inventory.whole(ref):
+                self._bring(ref)
+        with self._lock:
+            self._inventory.lease(ref, holder, self._clock())
+            bundle = self._inventory.versions[ref].bundle
+            return bundle, {piece: [self._references[piece]] for piece in bundle.pieces}
+
+    def renew(self, holder: str, refs: Sequence[str]) -> list[str]:
+        """Keep versions for ``holder``; return those that are not here."""
+        with self._lock:
+            for ref in refs:
+                if ref in self._inventory.versions:
+                    self._inventory.lease(ref, holder, self._clock())
+            return [ref for ref in refs if ref not in self._inventory.versions]
+
+    def leave(self, holder: str, ref: str) -> None:
+        """End a lease: the version may go when its room is wanted."""
+        with self._lock:
+            self._inventory.leave(ref, holder)
+
+    def drop(self, ref: str) -> None:
+        """Forget a version now; who reads it keeps what it reads."""
+        with self._lock:
+            self._inventory.drop(ref)
+            self._inventory.sweep(self._clock())
+            self._forget_pieces()
+        self._elsewhere.lost(ref)
+
+    def some(self, pieces: Sequence[str]) -> dict[str, list[Any]]:
+        """Return references to those of the pieces that are here: what other nodes ask for."""
+        with self._lock:
+            return {p: [self._references[p]] for p in pieces if p in self._references}
+
+    def bundles(self) -> list[Bundle]:
+        """Return what is here: from this the directory of all nodes is made anew."""
+        with self._lock:
+            return [held.bundle for held in self._inventory.versions.values()]
+
+    def status(self) -> dict[str, Any]:
+        """Return bytes and versions of this node."""
+        with self._lock:
+            now = self._clock()
+            return {
+                "budget": self._inventory.budget,
+                "bytes": self._inventory.nbytes,
+                "pieces": len(self._inventory.pieces),
+                "parcels": len(self._inventory.parcels),
+                "versions": {
+                    ref: {
+                        "bytes": held.bundle.nbytes,
+                        "users": len(held.leases) if held.leased(now) else 0,
+                        "pinned": self._pinned(ref),
+                        "whole": self._inventory.whole(ref),
+                    }
+                    for ref, held in self._inventory.versions.items()
+                },
+            }
+
+    def _bring(self, ref: str) -> None:
+        found = self._elsewhere.find(ref)
+        if found is not None:
+            self._fetch(found)
+        elif Ref.parse(ref).version:
+            self._read(ref)
+        else:
+            raise UnknownModel(
+                f"{ref} is on no node's shelf any more; its run publishes the next one, or see "
+                f"`roundhouse models show {Ref.parse(ref).name}` for what is in the library"
+            )
+
+    def _fetch(self, bundle: Bundle) -> None:
+        """Copy what this node lacks of a version from other nodes, checked piece by piece."""
+        parcel = f"fetch {bundle.ref}"
+        missing = self.begin(parcel, bundle.pieces)
+        references = self._elsewhere.references(bundle.ref, missing)
+        if lacking := set(missing) - set(references):
+            raise Corrupt(
+                f"{bundle.ref}: {len(lacking)} of its shards are on no node any more; publish it "
+                "again"
+            )
+        for group in _groups({piece: bundle.pieces[piece] for piece in missing}):
+            arrays = self._store.get([references[piece] for piece in group])
+            for piece, array in zip(group, arrays, strict=True):
+                check(Piece(piece, bundle.pieces[piece]), array)
+                self.put(parcel, piece, array)
+        self.finish(parcel, bundle)
+
+    def _read(self, ref: str) -> None:
+        """Put a version of the library on the shelf."""
+        version, parcel = self._library.resolve(ref), f"read {ref}"
+        tensors: dict[str, Tensor] = {}
+        for name, dtype, array in stored_tensors(version.path):
+            [part] = cut(array, 0, 1)
+            piece = Piece(hash_of(part), part.nbytes)
+            if self.begin(parcel, {piece.sha256: piece.nbytes}):
+                self.put(parcel, piece.sha256, part)
+            tensors[name] = Tensor(dtype, array.shape, (piece,))
+        files = small_files(version.path)
+        self.finish(parcel, Bundle(ref, files, tensors, version.manifest.base, time.time()))
+
+    def _pinned(self, ref: str) -> bool:
+        """Say whether an alias of the library means a version."""
+        parsed = Ref.parse(ref)
+        try:
+            return parsed.version in self._library.aliases(parsed.name).values()
+        except LibraryError:
+            return True  # rather too much is kept than what answers is taken away
+
+    def _forget_pieces(self) -> None:
+        for piece in set(self._references) - set(self._inventory.pieces):
+            del self._references[piece]
+
+
+def _groups(pieces: Mapping[str, int]) -> list[list[str]]:
+    """Return the pieces in their order, in groups of about ``GROUP_BYTES``."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for piece, nbytes in pieces.items():
+        if groups[-1] and size + nbytes > GROUP_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(piece)
+        size += nbytes
+    return groups if groups[0] else []

@@ -1,0 +1,210 @@
+"""How weights get onto the shelf and off it: what trainers, replicas and ranks call.
+
+The process must belong to a Ray cluster already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ClusterError
+from cluster.home import home
+from cluster.weights.actors import (
+    CALL_S,
+    MOVE_S,
+    ObjectStore,
+    asked,
+    open_agent,
+    open_directory,
+    this_node,
+)
+from cluster.weights.files import write_files
+from cluster.weights.layout import (
+    Array,
+    Bundle,
+    CutPlan,
+    Piece,
+    Tensor,
+    array_of,
+    check,
+    cut,
+    hash_of,
+    joined,
+)
+
+GROUP_BYTES = 64 << 20
+"""Tensors that are hashed and offered together: what a writer holds beside the model."""
+PENDING = 8
+"""Pieces on their way to the agent at once."""
+
+Named = tuple[str, Any]
+
+
+class Writer:
+    """One process that hands versions, or its part of them, to the shelf of its node."""
+
+    def __init__(self) -> None:
+        self.node = this_node()
+        self._agent = open_agent(self.node)
+        self._pending: list[Any] = []
+
+    def ship(
+        self, parcel: str, tensors: Iterable[Named], plan: CutPlan | None = None
+    ) -> dict[str, Tensor]:
+        """Hand over tensors (torch, on any device), one group after the other.
+
+        Returns what the layout is to say of them. Raises NotEnough where they do not fit. The
+        ranks of a trainer use the same ``parcel``; then one of them seals it.
+        """
+        told: dict[str, Tensor] = {}
+        for group in _groups(tensors):
+            arrays: dict[str, Array] = {}
+            for name, tensor in group:
+                dim, parts = (plan or {}).get(name, (0, 1))
+                pieces = []
+                for array in cut(array_of(tensor), dim, parts):
+                    piece = Piece(hash_of(array), array.nbytes)
+                    arrays[piece.sha256] = array
+                    pieces.append(piece)
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                told[name] = Tensor(dtype, tuple(tensor.shape), tuple(pieces), dim)
+            self._send(parcel, arrays)
+        self._wait(0)
+        return told
+
+    def seal(self, shipped: Sequence[tuple[str, str]], bundle: Bundle) -> None:
+        """Make a version of the parts that (parcel, node) pairs name; it appears at once."""
+        for parcel, node in shipped:
+            asked(open_agent(node).finish.remote(parcel, bundle, False), CALL_S)
+        nodes = sorted({node for _, node in shipped})
+        asked(open_directory().have.remote(nodes, bundle), CALL_S)
+
+    def abandon(self, parcel: str) -> None:
+        """Take back what this node was given for a parcel."""
+        asked(self._agent.abandon.remote(parcel), CALL_S)
+
+    def _send(self, parcel: str, arrays: Mapping[str, Array]) -> None:
+        sizes = {piece: array.nbytes for piece, array in arrays.items()}
+        missing = asked(self._agent.begin.remote(parcel, sizes), CALL_S)
+        for piece in missing:
+            # a copy in this node's store now: the caller may change the tensor from here on
+            self._pending.append(self._agent.put.remote(parcel, piece, arrays[piece]))
+            self._wait(PENDING)
+
+    def _wait(self, most: int) -> None:
+        while len(self._pending) > most:
+            asked(self._pending.pop(0), MOVE_S)
+
+
+def publish(
+    ref: str,
+    files: Mapping[str, bytes],
+    tensors: Iterable[Named],
+    base: str | None = None,
+    plan: CutPlan | None = None,
+) -> Bundle:
+    """Put a version on the shelf of this node; returns it once readers can find it.
+
+    Raises NotEnough where it does not fit beside what is in use; then nothing has changed.
+    """
+    writer, parcel = Writer(), uuid.uuid4().hex
+    try:
+        told = writer.ship(parcel, tensors, plan)
+        bundle = Bundle(ref, dict(files), told, base, time.time())
+        writer.seal([(parcel, writer.node)], bundle)
+    except BaseException:
+        writer.abandon(parcel)
+        raise
+    return bundle
+
+
+def withdraw(ref: str) -> None:
+    """Take a version off every node's shelf; who has loaded it keeps what it loaded."""
+    told = asked(open_directory().find.remote(ref), CALL_S)
+    for node in [] if told is None else told[1]:
+        with contextlib.suppress(ClusterError):  # a node that is gone has it no more
+            asked(open_agent(node).drop.remote(ref), CALL_S)
+
+
+def withdraw_run(prefix: str) -> None:
+    """Take all versions of a run, whose references begin so, off the shelf."""
+    for ref in asked(open_directory().refs.remote(), CALL_S):
+        if ref.startswith(prefix):
+            withdraw(ref)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A version on this node, mapped: whoever keeps an array keeps its memory."""
+
+    bundle: Bundle
+    pieces: Mapping[str, Array]
+
+    def whole(self) -> Iterator[tuple[str, str, Array]]:
+        """Yield name, torch's dtype and read-only array of each tensor."""
+        for name, tensor in self.bundle.tensors.items():
+            yield name, tensor.dtype, joined(tensor, self.pieces)
+
+
+def fetch(ref: str, holder: str, verify: bool = True) -> Fetched:
+    """Map a version, bringing it to this node first; ``holder`` has it leased from now on.
+
+    ``verify`` reads every byte and raises Corrupt where one differs from its hash.
+    """
+    bundle, references = asked(open_agent().take.remote(ref, holder), MOVE_S)
+    names = list(bundle.pieces)
+    arrays = ObjectStore().get([references[piece][0] for piece in names])
+    pieces = dict(zip(names, arrays, strict=True))
+    if verify:
+        for piece, array in pieces.items():
+            check(Piece(piece, bundle.pieces[piece]), array)
+    return Fetched(bundle, pieces)
+
+
+def bring(ref: str, holder: str) -> Path:
+    """Bring a version to this node's shelf, and write its small files; return their folder.
+
+    The folder is named by their content, so that versions that differ in weights alone share it.
+    """
+    bundle, _ = asked(open_agent().take.remote(ref, holder), MOVE_S)
+    return materialised(bundle.files)
+
+
+def materialised(files: Mapping[str, bytes]) -> Path:
+    """Return a folder with these files, written unless it is there already."""
+    digest = Bundle("", files, {}).digest[:32]
+    folder = home() / "cache" / "shelf" / digest
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_files(files, folder)
+    return folder
+
+
+def renew(holder: str, refs: Sequence[str]) -> list[str]:
+    """Keep versions for ``holder``; return those that this node's shelf has no more."""
+    gone: list[str] = asked(open_agent().renew.remote(holder, list(refs)), CALL_S)
+    return gone
+
+
+def leave(holder: str, ref: str) -> None:
+    """End a lease."""
+    asked(open_agent().leave.remote(holder, ref), CALL_S)
+
+
+def _groups(tensors: Iterable[Named]) -> Iterator[list[Named]]:
+    group: list[Named] = []
+    size = 0
+    for name, tensor in tensors:
+        group.append((name, tensor))
+        size += tensor.numel() * tensor.element_size()
+        if size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

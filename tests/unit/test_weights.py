@@ -1,0 +1,268 @@
+"""The shelf's bookkeeping and format, without Ray: a dict stands in for the object store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.errors import ConfigError, Corrupt, NotEnough, UnknownModel
+from cluster.weights.agent import Agent
+from cluster.weights.directory import Directory
+from cluster.weights.inventory import LEASE_S, PARCEL_S
+from cluster.weights.layout import Array, Bundle, Piece, Tensor, check, cut, hash_of, joined, share
+
+
+class Store:
+    """Counts what lies in it."""
+
+    def put(self, array: Array) -> Any:
+        return array.copy()
+
+    def get(self, references: Sequence[Any]) -> list[Array]:
+        return list(references)
+
+
+class Network:
+    """All nodes of a cluster, by name."""
+
+    def __init__(self) -> None:
+        self.agents: dict[str, Agent] = {}
+        self.nodes: dict[str, set[str]] = {}
+        self.bundles: dict[str, Bundle] = {}
+
+    def join(self, name: str, budget: int, clock: Any, library: Any = None) -> Agent:
+        self.agents[name] = Agent(Store(), budget, View(self, name), library, clock)
+        return self.agents[name]
+
+
+class View:
+    """The others, as one node sees them."""
+
+    def __init__(self, network: Network, name: str) -> None:
+        self.network, self.name = network, name
+
+    def find(self, ref: str) -> Bundle | None:
+        return self.network.bundles.get(ref)
+
+    def references(self, ref: str, pieces: Sequence[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for node in self.network.nodes.get(ref, set()) - {self.name}:
+            some = self.network.agents[node].some(pieces)
+            found |= {piece: inside[0] for piece, inside in some.items()}
+        return found
+
+    def have(self, bundle: Bundle) -> None:
+        self.network.bundles[bundle.ref] = bundle
+        self.network.nodes.setdefault(bundle.ref, set()).add(self.name)
+
+    def lost(self, ref: str) -> None:
+        self.network.nodes.get(ref, set()).discard(self.name)
+        if not self.network.nodes.get(ref):
+            self.network.bundles.pop(ref, None)
+
+
+class Clock:
+    """Seconds that a test moves."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Aliases:
+    """A library in which some versions are meant by an alias."""
+
+    def __init__(self, **numbers: int) -> None:
+        self.numbers = numbers
+
+    def aliases(self, name: str) -> dict[str, int]:
+        return {"champion": self.numbers[name]} if name in self.numbers else {}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def array(seed: int, size: int = 100) -> Array:
+    return np.random.default_rng(seed).integers(0, 255, size, dtype=np.uint8)
+
+
+def bundle_of(ref: str, *arrays: Array) -> Bundle:
+    tensors = {
+        f"t{n}": Tensor("uint8", a.shape, (Piece(hash_of(a), a.nbytes),))
+        for n, a in enumerate(arrays)
+    }
+    return Bundle(ref, {"config.json": b"{}"}, tensors)
+
+
+def put(agent: Agent, ref: str, *arrays: Array) -> Bundle:
+    bundle = bundle_of(ref, *arrays)
+    by_hash = {hash_of(a): a for a in arrays}
+    for piece in agent.begin(ref, bundle.pieces):
+        agent.put(ref, piece, by_hash[piece])
+    agent.finish(ref, bundle)
+    return bundle
+
+
+def test_a_cut_tensor_joins_to_itself_and_each_rank_finds_its_share() -> None:
+    whole = np.arange(48, dtype=np.float32).reshape(6, 8)
+    for dim, parts in ((0, 1), (0, 3), (1, 4)):
+        made = list(cut(whole, dim, parts))
+        pieces = {hash_of(part): part.reshape(-1) for part in made}
+        told = tuple(Piece(hash_of(part), part.nbytes) for part in made)
+        tensor = Tensor("float32", whole.shape, told, dim)
+        assert np.array_equal(joined(tensor, pieces), whole)
+        halves = [share(tensor, pieces, rank, 2, 1) for rank in range(2)]
+        assert np.array_equal(np.concatenate(halves, axis=1), whole)
+    with pytest.raises(ConfigError, match=r"\(6, 8\) cannot be cut into 4"):
+        list(cut(whole, 0, 4))
+
+
+def test_a_rank_whose_share_lies_there_touches_no_other_piece() -> None:
+    whole = np.arange(48, dtype=np.float32).reshape(6, 8)
+    made = list(cut(whole, 0, 6))
+    told = tuple(Piece(hash_of(part), part.nbytes) for part in made)
+    tensor = Tensor("float32", whole.shape, told, 0)
+    mine = {hash_of(part): part for part in made[4:]}
+    assert np.array_equal(share(tensor, mine, 2, 3, 0), whole[4:])
+
+
+def test_RC02_one_flipped_bit_is_found_before_anything_computes_with_it() -> None:
+    good = array(1)
+    piece = Piece(hash_of(good), good.nbytes)
+    check(piece, good)
+    bad = good.copy()
+    bad[57] ^= 1
+    with pytest.raises(Corrupt, match=r"differs from its hash"):
+        check(piece, bad)
+    with pytest.raises(Corrupt, match=r"100 bytes"):
+        check(piece, good[:50])
+
+
+def test_what_two_versions_share_lies_there_once(clock: Clock) -> None:
+    agent = Network().join("a", 1000, clock)
+    put(agent, "m@1", array(1), array(2))
+    second = bundle_of("m@2", array(1), array(3))
+    assert agent.begin("p", second.pieces) == [hash_of(array(3))]
+    agent.put("p", hash_of(array(3)), array(3))
+    agent.finish("p", second)
+    assert agent.status()["bytes"] == 300
+    agent.drop("m@1")
+    assert agent.status()["bytes"] == 200
+    bundle, references = agent.take("m@2", "r")
+    assert {hash_of(inside[0]) for inside in references.values()} == set(bundle.pieces)
+
+
+def test_the_longest_unused_goes_and_what_is_used_or_meant_stays(clock: Clock) -> None:
+    agent = Network().join("a", 400, clock, Aliases(kept=1))
+    put(agent, "kept@1", array(1))
+    for at, ref in enumerate(("m@1", "m@2", "m@3"), 2):
+        clock.now += 1
+        put(agent, ref, array(at))
+    agent.take("m@1", "replica")
+    clock.now += 1
+    put(agent, "m@4", array(9))
+    assert set(agent.status()["versions"]) == {"kept@1", "m@1", "m@3", "m@4"}
+    agent.take("m@3", "replica")
+    agent.take("m@4", "replica")
+    with pytest.raises(NotEnough, match=r"in use: m@1, m@3, m@4, kept@1 \(an alias means it\)"):
+        put(agent, "m@5", array(11))
+    assert set(agent.status()["versions"]) == {"kept@1", "m@1", "m@3", "m@4"}, "nothing changed"
+    clock.now += LEASE_S + 1
+    put(agent, "m@5", array(11))
+    assert "m@5" in agent.status()["versions"]
+
+
+def test_a_lease_that_is_renewed_holds_and_says_what_is_gone(clock: Clock) -> None:
+    agent = Network().join("a", 200, clock)
+    put(agent, "m@1", array(1))
+    agent.take("m@1", "replica")
+    for _ in range(3):
+        clock.now += LEASE_S - 1
+        assert agent.renew("replica", ["m@1"]) == []
+    with pytest.raises(NotEnough):
+        put(agent, "m@2", array(2, 150))
+    agent.leave("replica", "m@1")
+    put(agent, "m@2", array(2, 150))
+    assert agent.renew("replica", ["m@1"]) == ["m@1"]
+
+
+def test_RC03_what_a_dead_writer_left_goes_and_a_second_try_succeeds(clock: Clock) -> None:
+    agent = Network().join("a", 250, clock)
+    bundle = bundle_of("m@1", array(1), array(2))
+    agent.begin("dead", bundle.pieces)
+    agent.put("dead", hash_of(array(1)), array(1))
+    with pytest.raises(UnknownModel):
+        agent.take("m@run.x.1", "replica")
+    with pytest.raises(NotEnough):
+        agent.begin("other", {"x" * 64: 200})
+    clock.now += PARCEL_S + 1
+    agent.begin("other", {"x" * 64: 200})
+    assert agent.status()["bytes"] == 0
+    agent.abandon("other")
+    put(agent, "m@1", array(1), array(2))
+    assert agent.take("m@1", "replica")[0] == bundle
+
+
+def test_a_node_gets_what_it_lacks_from_others_checked(clock: Clock) -> None:
+    network = Network()
+    a, b = network.join("a", 1000, clock), network.join("b", 1000, clock)
+    one, two = array(1), array(2)
+    bundle = bundle_of("m@run.x.1", one, two)
+    # two ranks of a trainer on two nodes, each with its part
+    for agent, part in ((a, one), (b, two)):
+        agent.begin("p", {hash_of(part): part.nbytes})
+        agent.put("p", hash_of(part), part)
+    for name, agent in network.agents.items():
+        agent.finish("p", bundle, tell=False)
+        network.nodes.setdefault(bundle.ref, set()).add(name)
+    network.bundles[bundle.ref] = bundle
+    c = network.join("c", 1000, clock)
+    for agent in (a, b, c):
+        _, references = agent.take(bundle.ref, "replica")
+        assert {hash_of(inside[0]) for inside in references.values()} == set(bundle.pieces)
+    assert c.status()["bytes"] == 200
+    # one node's memory fails
+    bad = put(a, "m@run.x.2", array(5))
+    a._references[hash_of(array(5))][3] ^= 1
+    with pytest.raises(Corrupt):
+        c.take(bad.ref, "replica")
+    assert "m@run.x.2" not in c.status()["versions"]
+
+
+@pytest.mark.anyio
+async def test_the_directory_knows_the_newest_of_each_run_and_forgets_nodes() -> None:
+    directory = Directory()
+    first = Bundle("m@run.a.1", {}, {}, None, 1.0)
+    second = Bundle("m@run.a.2", {}, {}, None, 2.0)
+    await directory.have(["x"], Bundle("m@3", {}, {}, None, 9.0))
+    assert await directory.watch({"m": "none"}) == {}, "a version of the library is not live"
+    await directory.have(["x", "y"], second)
+    await directory.have(["x"], first)
+    assert await directory.watch() == {"m": "m@run.a.2"}
+    await directory.gone("x")
+    assert await directory.refs() == {"m@run.a.2": ["y"]}
+    await directory.lost("y", "m@run.a.2")
+    assert await directory.find("m@run.a.2") is None
+
+
+def test_a_folder_of_small_files_is_written_once(tmp_path: Path, monkeypatch: Any) -> None:
+    from cluster.weights.client import materialised
+
+    monkeypatch.setenv("ROUNDHOUSE_HOME", str(tmp_path))
+    folder = materialised({"config.json": b"{}", "tokenizer.json": b"[]"})
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "tokenizer.json"]
+    assert materialised({"tokenizer.json": b"[]", "config.json": b"{}"}) == folder
+    assert materialised({"config.json": b"{1}"}) != folder
+    assert sorted(path.name[0] for path in folder.parent.iterdir()).count(".") == 0
