@@ -18,7 +18,7 @@ from benchmarks.quality import experiments
 RESULTS = ROOT / "benchmarks" / "results"
 QUALITY = "quality "
 PROGRAMS = (
-    *("serve", "serve_http", "serve_long", "lm_eval_check", "train", "memory"),
+    *("serve", "serve_http", "serve_long", "lm_eval_check", "train", "memory", "adapters"),
     *(QUALITY + name for name in experiments.EXPERIMENTS),
 )
 

@@ -10,11 +10,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    StringConstraints,
     model_validator,
 )
 
 from cluster.config import Frozen
-from cluster.library.ref import CHAMPION, Ref
+from cluster.library.ref import CHAMPION, NAME, Ref
 
 GATEWAY_APP = "gateway"
 GATEWAY = "Gateway"
@@ -77,6 +78,7 @@ class Fake(Frozen):
     max_model_len: PositiveInt = 2048
     max_concurrent: PositiveInt = 8
     max_queued: NonNegativeInt = 32
+    max_adapters: NonNegativeInt = 16
     token_delay_s: float = Field(0.0, ge=0)
     fail_at_token: PositiveInt | None = None
     hang_at_token: PositiveInt | None = None
@@ -110,6 +112,10 @@ class Sharded(Frozen):
     step. Never changes an answer; pays where answers repeat their prompts. 0: none."""
     quantization: Literal["none", "int8"] = "none"
     """``int8``: linear weights as 8-bit integers with one scale for each output (CPU only)."""
+    max_adapters: NonNegativeInt = 16
+    """LoRA adapters in memory at once; one more takes the place of the least recently used."""
+    max_lora_rank: PositiveInt = 64
+    """An adapter of a higher rank is refused."""
     threads: PositiveInt | None = None
     """CPU threads of a rank; by default the cores of the machine divided by its ranks."""
     start_timeout_s: PositiveFloat = 180.0
@@ -136,6 +142,10 @@ EngineConfig = Annotated[
 """An engine; ``kind`` may be left out for our own."""
 
 
+AdapterName = Annotated[str, StringConstraints(pattern=rf"^{NAME.pattern}$")]
+"""A library entry's name alone: which version answers is its alias's matter."""
+
+
 class ModelConfig(Frozen):
     """One model behind the gateway: its own Serve application, found by name."""
 
@@ -150,6 +160,9 @@ class ModelConfig(Frozen):
     """Logical CPUs reserved for each rank."""
     num_gpus: float = Field(0.0, ge=0)
     """GPUs reserved for each rank."""
+    adapters: Literal["auto"] | tuple[AdapterName, ...] = ()
+    """LoRA adapters of the library that answer under their own names, beside this model and in its
+    batches; their bases stay in memory. ``auto``: all whose base is the version that answers."""
     sampling_defaults: Literal["openai", "model"] = "openai"
     """What a request gets that names no temperature and the like: OpenAI's values (temperature
     1), or those of the model's ``generation_config.json`` (greedy unless that says do_sample)."""
@@ -198,6 +211,7 @@ class ServeConfig(Frozen):
     @model_validator(mode="after")
     def _names_are_unique(self) -> ServeConfig:
         names = [m.name for m in self.models]
+        names += [a for m in self.models if m.adapters != "auto" for a in m.adapters]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"models: {', '.join(twice)} appears twice; one application per name")
         return self

@@ -34,6 +34,10 @@ class Report:
     """Versions that it can answer with, the active one included."""
     failed: Mapping[str, str] = field(default_factory=dict)
     """Versions that it could not load, and why."""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """Adapters that it can answer with, and the held version that each adds to."""
+    adapters_active: tuple[str, ...] = ()
+    """Of these the ones that answer for their bare names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,15 @@ class Served:
     aliases: Mapping[str, int] = field(default_factory=dict)
     created: int = 0
     """Seconds since the epoch: when the active version was made."""
+    app: str = ""
+    """Of an adapter, the deployed model that answers for it."""
+    bases: Mapping[str, str] = field(default_factory=dict)
+    """Of an adapter's versions, what each adds to."""
+
+    @property
+    def model(self) -> str:
+        """The deployed model that answers."""
+        return self.app or self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +144,8 @@ def resolve(model: str, served: Mapping[str, Served]) -> tuple[Served, str | Non
     if found is None:
         raise _unknown(model, served)
     if ref.live is None and ref.version is None and ref.alias in (None, found.alias):
-        return found, None
+        # a replica answers with its base unless it is told which adapter
+        return found, found.active[-1] if found.app and found.active else None
     number = ref.version or found.aliases.get(ref.alias or "")
     version = str(ref) if ref.live else f"{ref.name}@{number}"
     if version not in found.live:

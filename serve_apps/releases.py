@@ -12,13 +12,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
 
 from cluster.errors import Conflict, LibraryError, ReleaseError, RoundhouseError
 from cluster.library.ref import CHAMPION, NEWEST, Ref
 from cluster.library.store import Library
+from serve_apps.adapter_policy import adapters_of, after_reading
 from serve_apps.release_policy import (
     LIVE_S,
     WATCH_S,
@@ -129,7 +130,7 @@ class Releases:
 
     async def names(self) -> list[str]:
         """Return the models that are deployed, those whose replicas are being rebuilt included."""
-        return sorted(self._models)
+        return sorted({*self._models, *self._served()})
 
     async def progress(self, name: str) -> str:
         """Return one line on the promotion that runs for ``name``; empty when none does."""
@@ -153,6 +154,10 @@ class Releases:
         """
         target = self._library.get(name, number)
         model = self._models.get(name)
+        if model is None and (served := self._served().get(name)):
+            return await self._promote_adapter(
+                served, target.ref, alias or CHAMPION, expected, timeout_s, by
+            )
         alias = alias or (model.alias if model else None)
         if alias is None:
             raise ReleaseError(f"{name} is not deployed; `roundhouse deploy CONFIG` serves it")
@@ -177,6 +182,25 @@ class Releases:
             finally:
                 model.target, model.progress = None, ""
                 self._tell()
+            return now
+
+    async def _promote_adapter(
+        self, served: Served, ref: str, alias: str, expected: int | None, timeout_s: float, by: str
+    ) -> int | None:
+        """Move an adapter's alias once all live replicas of its base have read the version."""
+        name, number = served.name, int(ref.rpartition("@")[2])
+        async with self._lock(name):
+            now = self._library.aliases(name).get(alias)
+            if expected is not None and now != expected:
+                raise ReleaseError(
+                    f"{name}@{alias} points to version {now}, not to {expected}; nothing changed"
+                )
+            if alias == CHAMPION:
+                until = self._clock() + timeout_s
+                model = self._models[served.app]
+                await self._until(model, served.app, after_reading, ref, until, timeout_s)
+            self._swap(name, alias, number, now, by)
+            self._tell()
             return now
 
     async def _follow(self, shelf: Shelf) -> None:
@@ -267,7 +291,23 @@ class Releases:
                 aliases=self._aliases(name),
                 created=self._created(active[-1]) if active else 0,
             )
-        return served
+        return self._adapters(served) | served  # a deployed model goes before an adapter
+
+    def _adapters(self, models: Mapping[str, Served]) -> dict[str, Served]:
+        return {
+            one.name: replace(one, aliases=self._aliases(one.name), created=self._created(ref))
+            for model in models
+            for one in adapters_of(model, self._live(model).values(), self._active_adapter)
+            for ref in one.active
+        }
+
+    def _active_adapter(self, name: str) -> tuple[str, str] | None:
+        """Return what the library's alias says of an adapter: its version and its base."""
+        try:
+            found = self._library.resolve(name)
+        except LibraryError:
+            return None
+        return (found.ref, found.manifest.base) if found.manifest.base else None
 
     def _aliases(self, name: str) -> dict[str, int]:
         try:

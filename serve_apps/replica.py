@@ -16,6 +16,7 @@ from cluster.generation import Answered, Ask
 from cluster.library.store import Library
 from cluster.meter import Meter
 from cluster.text.chat import ChatText
+from serve_apps.adapters import Adapters
 from serve_apps.answers import CallReader, Reading, answer, merge
 from serve_apps.calls import Call, Event, Refusal
 from serve_apps.config import ModelConfig
@@ -61,6 +62,7 @@ class Replica:
         self._meter = ReplicaMeter(meter, config.name, config.engine.kind) if meter else None
         self._measuring: asyncio.Task[None] | None = None
         self._versions = Versions(config, engine, library, board, replica_id, shelf)
+        self._adapters = Adapters(config, engine, library, self._versions)
         self._healthy = True
         self._streaming = 0
         self._budget = CHUNKS_A_CORE * len(os.sched_getaffinity(0))
@@ -69,6 +71,7 @@ class Replica:
         """Start the engine and load the version that answers. Raises what that raises."""
         await self._engine.start()
         await self._versions.start()
+        await self._adapters.start()
         if self._meter:
             self._measuring = asyncio.create_task(self._meter.run(self._engine.stats))
         return self._engine.info
@@ -115,6 +118,7 @@ class Replica:
             async with asyncio.timeout(HEALTH_S):
                 await self._engine.check_health()
             self._versions.check()
+            self._adapters.check()
         except Exception as error:
             if self._healthy:
                 log.error("unhealthy: %s: %s", type(error).__name__, error)
@@ -125,6 +129,7 @@ class Replica:
 
     async def stop(self) -> None:
         """Tell the others, finish what runs within ``drain_s``, end the engine's processes."""
+        await self._adapters.stop()
         await self._versions.stop()
         await self._engine.stop(self._config.drain_s)
         if self._measuring and self._meter:
@@ -133,7 +138,17 @@ class Replica:
             self._meter.flush()
 
     async def _events(self, call: Call) -> AsyncGenerator[Event, None]:
-        version, text, plan = await self._admit(call)
+        async with (
+            self._adapters.using(call.version) as base,
+            aclosing(self._events_of(call, base)) as events,
+        ):
+            async for event in events:
+                yield event
+
+    async def _events_of(self, call: Call, base: str | None) -> AsyncGenerator[Event, None]:
+        version, text, plan = await self._admit(call, base or call.version)
+        if base is not None:
+            version = call.version or version  # the adapter's own: text and tokens are its base's
         streams: list[Stream] = []
         chunked = 0 if call.interval_s is None else call.answers
         self._streaming += chunked
@@ -176,10 +191,10 @@ class Replica:
             return call.interval_s
         return max(call.interval_s, self._streaming / budget)
 
-    async def _admit(self, call: Call) -> tuple[str, ChatText, Plan]:
+    async def _admit(self, call: Call, wanted: str | None) -> tuple[str, ChatText, Plan]:
         """Pick the version and turn the call into ids with that version's tokenizer."""
         for _ in range(TRIES):
-            version, text = self._versions.pick(call.version)
+            version, text = self._versions.pick(wanted)
             plan = await prepare(call, text, self._config, self._engine.info.max_model_len)
             if self._versions.holds(version):
                 return version, text, plan

@@ -58,6 +58,9 @@ class Versions:
         self._texts: dict[str, ChatText] = {}
         self._active: str | None = None
         self._failed: dict[str, str] = {}
+        self._pinned: frozenset[str] = frozenset()  # bases that adapters need
+        self._adapters: tuple[dict[str, str], tuple[str, ...]] = ({}, ())
+        self._unfit: dict[str, str] = {}  # adapters, and why
         self._draining: dict[str, asyncio.Task[None]] = {}
         self._order: Order | None = None
         self._news = asyncio.Event()
@@ -113,6 +116,26 @@ class Versions:
         """Say whether a version can still be answered with."""
         return version in self._texts
 
+    @property
+    def held(self) -> frozenset[str]:
+        """The versions that can be answered with."""
+        return frozenset(self._texts)
+
+    async def tell_adapters(
+        self,
+        fits: dict[str, str],
+        active: tuple[str, ...],
+        unfit: dict[str, str],
+        pinned: frozenset[str],
+    ) -> None:
+        """Report adapters with their bases, and keep the versions that they need."""
+        if pinned != self._pinned:
+            self._pinned = pinned
+            self._news.set()
+        if (fits, active, unfit) != (*self._adapters, self._unfit):
+            self._adapters, self._unfit = (fits, active), unfit
+            await self._tell()
+
     def check(self) -> None:
         """Raise EngineError when following has stopped: a replica that obeys no order is ill."""
         for task in self._tasks:
@@ -164,7 +187,7 @@ class Versions:
                 await self._tell()
 
     async def _obey(self, order: Order) -> None:
-        wanted = {version for version in (order.active, order.also) if version}
+        wanted = {version for version in (order.active, order.also, *self._pinned) if version}
         self._failed = {v: why for v, why in self._failed.items() if v in wanted}
         for version in sorted(wanted - set(self._texts) - set(self._failed)):
             try:
@@ -216,7 +239,7 @@ class Versions:
         held = tuple(sorted(self._texts))
         if not self._answering:
             return Report(failed=dict(self._failed))
-        return Report(self._active, held, dict(self._failed))
+        return Report(self._active, held, self._unfit | self._failed, *self._adapters)
 
     async def _tell(self) -> None:
         if self._board is None:

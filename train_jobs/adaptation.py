@@ -13,7 +13,7 @@ class LoRA(Frozen):
     """Train low-rank additions to the linear layers, and leave the base as it is.
 
     ``W x`` becomes ``W x + alpha / r * B A x`` with A of r rows (arXiv:2106.09685). The run
-    publishes the sum, an ordinary version.
+    publishes the sum, an ordinary version, or with ``publish.merge: false`` the additions alone.
     """
 
     kind: Literal["lora"]

@@ -194,11 +194,12 @@ def merged(model: Any) -> Any:
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
-def note(adapter: Adapter) -> str:
+def note(adapter: Adapter, merge: bool = True) -> str:
     """Return what a manifest says of what was trained."""
     if isinstance(adapter, Freeze):
         return f"trained in part: {', '.join(adapter.trainable)}"
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
     kind = "DoRA" if adapter.dora else "LoRA"
     scale = ", scaled by alpha / sqrt(r)" if adapter.rslora else ""
-    return f"{kind} merged: r={adapter.r}, alpha={adapter.alpha:g}, targets={targets}{scale}"
+    what = f"{kind} merged" if merge else f"{kind} by itself"
+    return f"{what}: r={adapter.r}, alpha={adapter.alpha:g}, targets={targets}{scale}"

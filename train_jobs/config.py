@@ -102,6 +102,9 @@ class Publish(Frozen):
     name: str | None = None
     which: Literal["last", "best"] = "last"
     """The weights of the last step, or of the checkpoint that ``run.best`` found best."""
+    merge: bool = True
+    """Add what a LoRA learnt to its base and publish the sum. False publishes the additions alone,
+    an adapter under a name of its own that is served beside its base (``adapters:`` of a model)."""
     hold: bool = False
     """Leave the model in the run's folder instead, as a search does with its trials'."""
     every: PositiveInt | None = None
@@ -164,11 +167,12 @@ class FinetuneConfig(Frozen):
         self._check_objective()
         if (self.run.epochs is None) == (self.run.steps is None):
             raise ValueError("run: give either epochs or steps, exactly one of them")
-        if self.adapter and self.zero == 3:
+        self._check_apart()
+        if self.adapter and self.zero == 3 and self.publish.merge:
             raise ValueError(
                 "zero=3 with an adapter: stage 3 divides the base's weights, which an adapter "
                 "leaves as they are and its merge needs whole; use zero: 2, which divides all "
-                "that an adapter adds"
+                "that an adapter adds, or publish a LoRA by itself with publish.merge: false"
             )
         if self.gradient_checkpointing == "selective" and self.zero == 3:
             raise ValueError(
@@ -177,6 +181,29 @@ class FinetuneConfig(Frozen):
             )
         check_offload(self.offload, self.zero, run.num_gpus)
         return self
+
+    def _check_apart(self) -> None:
+        if self.publish.merge:
+            return
+        if not isinstance(self.adapter, LoRA):
+            raise ValueError(
+                "publish.merge=false needs something apart: give adapter: {kind: lora}"
+            )
+        if self.adapter.dora:
+            raise ValueError(
+                "publish.merge=false with adapter.dora: only plain additions are served beside a "
+                "base; leave dora out, or publish the sum"
+            )
+        if self.objective.head:
+            raise ValueError(
+                f"publish.merge=false with objective {self.objective.kind}, whose head is no part "
+                "of an adapter; publish the sum"
+            )
+        if self.publish.name is None:
+            raise ValueError(
+                "publish.merge=false needs publish.name: an adapter has a name of its own, and by "
+                "default a run publishes under its base's"
+            )
 
     def _check_evaluation(self) -> None:
         run = self.run

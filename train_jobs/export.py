@@ -139,21 +139,27 @@ def publish(
     head: bool = False,
     card: str | None = None,
     hold: bool = False,
+    apart: bool = False,
 ) -> Version | None:
     """Export the engine's model and add it to the library; every rank calls it.
 
     Only rank 0 gets the version. With ``adapter`` the additions are merged into the base first,
     after which the engine cannot go on training. ``head`` says that the model is another kind
     than its base. ``card`` is the version's README, in place of its base's. With ``hold``
-    the model stays in ``staging``, for `publish_held`, and nobody gets a version.
+    the model stays in ``staging``, for `publish_held`, and nobody gets a version. With ``apart``
+    the additions are published by themselves, and the engine stays as it is.
     """
     divided = engine.zero_optimization_stage() == 3
     if rank and not divided:
         return None
     if rank == 0:
         shutil.rmtree(staging, ignore_errors=True)
-    model = merged(engine.module) if adapter else engine.module
-    if head:
+    model = merged(engine.module) if adapter and not apart else engine.module
+    if apart:
+        from train_jobs.export_adapter import write_adapter
+
+        write_adapter(model, base.ref, staging, rank)
+    elif head:
         write_whole(model, base.path, staging, base.manifest.dtype or "float32", rank)
     else:
         write_model(live_tensors(model), base.path, staging, rank)

@@ -284,6 +284,7 @@ class Fit:
             head=config.objective.head,
             card=card,
             hold=config.publish.hold,
+            apart=not config.publish.merge,
         )
         if version is None:
             return None

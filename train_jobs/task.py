@@ -104,8 +104,9 @@ def lineage(
     old, adapter = task.base.manifest, task.config.adapter
     made = [f"fine-tuned from {task.base.ref} by {run_id}"]
     if adapter:
-        made.append(note(adapter))
+        made.append(note(adapter, task.config.publish.merge))
     return Facts(
+        kind="model" if task.config.publish.merge else "adapter",
         base=task.base.ref,
         lineage=Lineage(
             run_id=run_id,

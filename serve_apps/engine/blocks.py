@@ -16,6 +16,8 @@ from itertools import chain as joined
 
 Key = bytes
 KEY_BYTES = 32
+NOBODY = ("", "")
+"""The weights, version and adapter, of a block whose content is not known."""
 
 
 def root(version: str, adapter: str, salt: str) -> Key:
@@ -38,7 +40,7 @@ class BlockPool:
         self._cached = OrderedDict[int, None]()
         self._readers = [0] * total
         self._keys: list[Key | None] = [None] * total
-        self._versions = [""] * total
+        self._weights = [NOBODY] * total
         self._index: dict[Key, int] = {}
 
     @property
@@ -91,16 +93,16 @@ class BlockPool:
         else:
             self._cached[block] = None
 
-    def publish(self, block: int, key: Key, version: str) -> None:
+    def publish(self, block: int, key: Key, version: str, adapter: str = "") -> None:
         """Make a held, fully computed block known; the first of equal content stays known."""
         if key not in self._index:
             self._index[key] = block
-            self._keys[block], self._versions[block] = key, version
+            self._keys[block], self._weights[block] = key, (version, adapter)
 
-    def forget(self, version: str) -> None:
-        """Forget what all blocks of ``version`` hold."""
-        for block, known in enumerate(self._versions):
-            if self._keys[block] is not None and known == version:
+    def forget(self, version: str, adapter: str | None = None) -> None:
+        """Forget what all blocks of ``version`` hold, or those of one of its adapters alone."""
+        for block, (held, added) in enumerate(self._weights):
+            if self._keys[block] is not None and held == version and adapter in (None, added):
                 self._unname(block)
                 if not self._readers[block]:
                     del self._cached[block]
@@ -125,4 +127,4 @@ class BlockPool:
         key = self._keys[block]
         assert key is not None
         del self._index[key]
-        self._keys[block], self._versions[block] = None, ""
+        self._keys[block], self._weights[block] = None, NOBODY

@@ -58,6 +58,7 @@ class FakeEngine(Engine):
         self._config, self._says = config, tuple(says or ())
         self.bad_loads: set[str] = set()
         self._versions: dict[str, str] = {}
+        self._adapters: dict[str, str] = {}
         self._active: str | None = None
         self._held: dict[str, _Held] = {}
         self._last_prompt: dict[tuple[str, str], tuple[int, ...]] = {}
@@ -103,7 +104,30 @@ class FakeEngine(Engine):
             raise EngineError(f"{version} is active; activate another version first")
         if version not in self._versions:
             raise EngineError(f"{version} is not loaded; loaded: {sorted(self._versions)}")
+        for adapter in [a for a, base in self._adapters.items() if base == version]:
+            await self.release_adapter(adapter, drain_s)
         del self._versions[version]
+        await self._drain(version, drain_s)
+
+    async def load_adapter(self, adapter: str, base: str, directory: str) -> None:
+        """Remember the adapter; nothing is read."""
+        self._alive()
+        if base not in self._versions:
+            raise EngineError(f"{base} is not loaded; loaded: {sorted(self._versions)}")
+        if adapter in self.bad_loads:
+            raise EngineError(f"adapter {adapter} cannot be served: it is one of bad_loads")
+        if adapter not in self._adapters and len(self._adapters) >= self._config.max_adapters:
+            raise EngineError(f"{len(self._adapters)} adapters are held already")
+        self._adapters[adapter] = base
+
+    async def release_adapter(self, adapter: str, drain_s: float) -> None:
+        """Wait for the adapter's requests, abort the rest, forget the adapter."""
+        if adapter not in self._adapters:
+            raise EngineError(f"{adapter} is not loaded; loaded: {sorted(self._adapters)}")
+        del self._adapters[adapter]
+        await self._drain(adapter, drain_s)
+
+    async def _drain(self, version: str, drain_s: float) -> None:
         tasks = [h.task for h in self._held.values() if h.answer.version == version and h.task]
         if tasks:
             await asyncio.wait(tasks, timeout=drain_s)
@@ -116,7 +140,7 @@ class FakeEngine(Engine):
         version = version or self._active
         if version is None:
             raise RequestError("no version is active yet", 503, "engine_unavailable", None, 1)
-        if version not in self._versions:
+        if version not in self._versions and version not in self._adapters:
             raise RequestError(f"{version} is not loaded", 404, "model_not_found", "model")
         if request.request_id in self._held:
             raise RequestError(f"request id {request.request_id} is in use", 409, "conflict")
@@ -152,6 +176,7 @@ class FakeEngine(Engine):
             aborted=self._aborted,
             versions=tuple(sorted(self._versions)),
             active=self._active,
+            adapters=tuple(sorted(self._adapters)),
         )
 
     async def stop(self, drain_s: float = 0.0) -> None:

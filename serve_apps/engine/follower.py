@@ -23,7 +23,7 @@ class Follower(Rank):
                 self._steps = plan.number
                 self._forward(plan, sampling=False)
             elif message["t"] == "release":
-                self._drop(message["version"])
+                self._drop(message["version"], message.get("adapter"))
             elif message["t"] == "stop":
                 return
 
@@ -36,5 +36,5 @@ class Follower(Rank):
     def _loaded(self, version: str, model: LoadedModel) -> None:
         """Rank 0 says when it is computed."""
 
-    def _dropped(self, version: str) -> None:
+    def _dropped(self, version: str, adapter: str | None = None) -> None:
         """Leave the blocks as they are: rank 0 knows what they hold."""

@@ -147,6 +147,8 @@ class EngineStats:
     """Of ``prompt_tokens``, those that the prefix cache held."""
     preemptions: int = 0
     """Requests put back because the cache was full, to be computed again later."""
+    adapters: tuple[str, ...] = ()
+    """Those that are loaded."""
     expired: int = 0
     """Requests whose deadline passed before they started."""
     guessed: int = 0
@@ -204,6 +206,21 @@ class Engine(Protocol):
         """Wait for the version's requests (at most ``drain_s``, then abort them), free it.
 
         The active version is refused. Cached keys and values of the version are gone afterwards.
+        """
+
+    async def load_adapter(self, adapter: str, base: str, directory: str) -> None:
+        """Read a LoRA adapter (peft's files) beside the loaded version ``base`` that it adds to.
+
+        Afterwards requests may name ``adapter`` as their version; they share steps with those of
+        the base and of its other adapters. EngineError when its base is not loaded, when it does
+        not fit, or when the engine holds as many as it may; nothing has changed then.
+        """
+
+    async def release_adapter(self, adapter: str, drain_s: float) -> None:
+        """Wait for the adapter's requests (at most ``drain_s``, then abort them), free it.
+
+        Its cached keys and values are gone afterwards; the base's, and other adapters', stay.
+        Releasing a base releases its adapters first.
         """
 
     def generate(self, request: EngineRequest, version: str | None = None) -> Stream:

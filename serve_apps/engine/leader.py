@@ -59,7 +59,7 @@ class Leader(Rank):
             else:
                 self._group.send(todo)
                 if todo["t"] == "release":
-                    self._drop(todo["version"])
+                    self._drop(todo["version"], todo.get("adapter"))
                     self._reply(todo, {})
 
     def _next(self) -> Step | dict[str, Any] | None:
@@ -147,11 +147,12 @@ class Leader(Rank):
         self._pickers[version] = Picker(model.vocab_size, model.device)
         self._grammars[version] = Grammars(str(model.directory))
 
-    def _dropped(self, version: str) -> None:
-        self._pickers.pop(version, None)
-        self._grammars.pop(version, None)
+    def _dropped(self, version: str, adapter: str | None = None) -> None:
+        if adapter is None:
+            self._pickers.pop(version, None)
+            self._grammars.pop(version, None)
         if self._scheduler:
-            self._scheduler.forget(version)
+            self._scheduler.forget(version, adapter)
 
     def _forget(self, request_ids: Sequence[str]) -> None:
         """Drop what sampling remembers of requests that have ended."""
@@ -205,14 +206,14 @@ class Leader(Rank):
         return self._grammars[request.version].matcher(request.sampling.grammar)
 
     def _release(self, message: dict[str, Any]) -> None:
-        version = message["version"]
+        version, adapter = message["version"], message.get("adapter")
         with self._changed:
-            held = self._scheduler and self._scheduler.holds(version)
+            held = self._scheduler and self._scheduler.holds(version, adapter)
             if not held:
                 self._releases.append(message)  # in the order of steps, for every rank
                 self._changed.notify_all()
         if held:
-            self._reply_error(message, "EngineError", f"{version} still has requests")
+            self._reply_error(message, "EngineError", f"{adapter or version} still has requests")
 
     def _stats(self) -> dict[str, Any]:
         with self._changed:
@@ -271,6 +272,7 @@ def _running(message: dict[str, Any]) -> Running:
         stop_ids=frozenset(message["stop"]),
         priority=message["priority"],
         salt=message["salt"],
+        adapter=message.get("adapter", ""),
         added_at=now,
         deadline=None if within is None else now + within,
     )

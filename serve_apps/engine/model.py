@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from cluster.errors import EngineError, RoundhouseError
-from serve_apps.engine import attention, packing, tensor_parallel
+from serve_apps.engine import attention, lora, packing, tensor_parallel
 from serve_apps.engine.kv_cache import Geometry, KVCache
 from serve_apps.engine.native import build
 from serve_apps.engine.native.decoder import FAMILY, NativeDecoder, unsupported
@@ -44,6 +44,7 @@ class LoadedModel:
     ) -> None:
         """``dtype`` is what is computed in, by default the weights' own."""
         self._module, self._ranks, self._quantization = module, ranks, quantization
+        self.adapters = lora.Adapters(module, ranks)
         self.native: NativeDecoder | None = None
         """Computes whole steps, where the kernels know this model."""
         self._group: Any | None = None
@@ -77,7 +78,7 @@ class LoadedModel:
         """
         if self.native is not None:
             with torch.inference_mode():
-                return self.native.forward(plan, attending)
+                return self.native.forward(plan, attending, self.adapters.for_native(plan))
         ids, positions, last = list[int](), list[int](), list[int]()
         for row in plan.rows:
             ids += row.ids
@@ -87,7 +88,7 @@ class LoadedModel:
             last = [len(ids) - 1]  # a chunk inside a prompt: one row is computed and dropped
         if not sampling and not self._head_is_shared:
             last = []
-        with torch.inference_mode(), attention.computing(attending):
+        with torch.inference_mode(), attention.computing(attending), lora.computing(plan):
             out = self._module(
                 input_ids=torch.tensor([ids], device=self.device),
                 position_ids=torch.tensor([positions], device=self.device),

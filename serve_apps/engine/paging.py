@@ -171,7 +171,7 @@ class Paging:
         self._name(request, full)
         for n in range(request.published, full):
             key = request.keys[n]
-            self.pool.publish(request.blocks[n], key, request.version)
+            self.pool.publish(request.blocks[n], key, request.version, request.adapter)
             self._computes_no_more(request, key)
         request.published = full
 

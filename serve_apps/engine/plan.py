@@ -25,6 +25,8 @@ class Row(NamedTuple):
     ids: Sequence[int]
     logits: int
     """Of so many of the last tokens the logits are wanted."""
+    adapter: str = ""
+    """What is added to the version's weights for this row; empty: nothing."""
 
     @property
     def end(self) -> int:
@@ -43,7 +45,12 @@ class StepPlan:
     def pack(self) -> dict[str, Any]:
         """Return plain data for the other ranks; ``unpack`` is its inverse."""
         # Tables travel as bytes: they are most of the message and nobody looks into them.
-        rows = [(table(r.blocks).tobytes(), r.start, list(r.ids), r.logits) for r in self.rows]
+        rows = [
+            (table(r.blocks).tobytes(), r.start, list(r.ids), r.logits, r.adapter)[
+                : 5 if r.adapter else 4
+            ]
+            for r in self.rows
+        ]
         return {"t": "step", "n": self.number, "v": self.version, "r": rows}
 
     @classmethod

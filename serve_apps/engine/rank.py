@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from serve_apps.engine.model import LoadedModel
 
 BEAT_S = 1.0
+ADAPT = ("adapter", "base", "directory", "max_rank")
+"""What the front says of an adapter to read."""
 LEAVE_S = 5.0
 """How long a rank whose front is gone may take to get out of a step."""
 
@@ -117,7 +119,7 @@ class Rank(ABC):
 
     def _handle(self, message: dict[str, Any]) -> None:
         """Take a message of the front; called by the reader's thread."""
-        if message["t"] == "load":
+        if message["t"] in ("load", "adapt"):
             self._jobs.put(message)
 
     # The loop's thread
@@ -129,8 +131,14 @@ class Rank(ABC):
         attending = attention.plan(plan, self._cache)
         return self._models[plan.version].forward(plan, attending, sampling)
 
-    def _drop(self, version: str) -> None:
-        """Forget a version between two steps."""
+    def _drop(self, version: str, adapter: str | None = None) -> None:
+        """Forget a version, or an adapter of it, between two steps."""
+        if adapter is not None:
+            with self._changed:
+                if model := self._models.get(version):
+                    model.adapters.drop(adapter)
+                self._dropped(version, adapter)
+            return
         with self._changed:
             model = self._models.pop(version, None)
             self._dropped(version)
@@ -175,7 +183,10 @@ class Rank(ABC):
         while True:
             message = self._jobs.get()
             try:
-                told = self._load(message["version"], message["directory"], message["holder"])
+                if message["t"] == "adapt":
+                    told = self._adapt(**{k: message[k] for k in ADAPT})
+                else:
+                    told = self._load(message["version"], message["directory"], message["holder"])
             except RoundhouseError as error:
                 self._reply_error(message, type(error).__name__, str(error))
             except Exception as error:
@@ -215,6 +226,21 @@ class Rank(ABC):
             "weight_bytes": model.weight_bytes,
         }
 
+    def _adapt(self, adapter: str, base: str, directory: str, max_rank: int) -> dict[str, Any]:
+        model = self._models.get(base)
+
+        def read() -> int:
+            if model is None:
+                raise EngineError(f"adapter {adapter}: its base {base} is not loaded")
+            return model.adapters.read(adapter, Path(directory), max_rank, model.native)
+
+        try:
+            return {"weight_bytes": self._group.all_or_none(read)}
+        except EngineError:
+            if model is not None:
+                model.adapters.drop(adapter)  # it may fit here and on another rank not
+            raise
+
     def _read_model(self, version: str, directory: str, holder: str | None) -> LoadedModel:
         from serve_apps.engine.model import read_model
 
@@ -237,8 +263,8 @@ class Rank(ABC):
         """Take note of a version that can be computed now, under the lock."""
 
     @abstractmethod
-    def _dropped(self, version: str) -> None:
-        """Take note of a version that is gone, under the lock."""
+    def _dropped(self, version: str, adapter: str | None = None) -> None:
+        """Take note of a version or adapter that is gone, under the lock."""
 
     def _make_cache(self, model: LoadedModel, length: int) -> KVCache:
         from serve_apps.engine.kv_cache import KVCache, fit_blocks, free_bytes

@@ -75,14 +75,16 @@ class Scheduler:
         self._deadlines += request.deadline is not None
         insort(self.waiting, request, key=_rank)
 
-    def holds(self, version: str) -> bool:
-        """Whether a request still needs this version's weights."""
-        return any(r.version == version for r in self._by_id.values())
+    def holds(self, version: str, adapter: str | None = None) -> bool:
+        """Whether a request still needs this version's weights, or an adapter's of it."""
+        return any(
+            r.version == version and adapter in (None, r.adapter) for r in self._by_id.values()
+        )
 
-    def forget(self, version: str) -> None:
-        """Forget what the cache knows of a version that no request needs any more."""
-        assert not self.holds(version)
-        self.paging.pool.forget(version)
+    def forget(self, version: str, adapter: str | None = None) -> None:
+        """Forget what the cache knows of weights that no request needs any more."""
+        assert not self.holds(version, adapter)
+        self.paging.pool.forget(version, adapter)
 
     def abort(self, request_id: str) -> bool:
         """Drop a request; its blocks are free for the next step. False when it is unknown.
@@ -117,7 +119,7 @@ class Scheduler:
         self._version_step[version] = self.steps
         for work in decode + prefill:
             work.request.last_step = self.steps
-        return Step(self.steps, version, decode, prefill)
+        return Step(self.steps, version, _by_adapter(decode), _by_adapter(prefill))
 
     def complete(
         self, step: Step, picked: Sequence[Picked], scores: Sequence[Sequence[Logprob]] = ()
@@ -343,3 +345,8 @@ class Scheduler:
         else:
             self.waiting.remove(request)
             self._deadlines -= request.deadline is not None and request.started_at is None
+
+
+def _by_adapter(work: tuple[Work, ...]) -> tuple[Work, ...]:
+    """Put the rows of one adapter side by side: they are computed together."""
+    return tuple(sorted(work, key=lambda w: w.request.adapter))

@@ -76,6 +76,7 @@ class ShardedEngine(Engine):
         self._stopping = False
         self._answers: dict[str, Answer] = {}
         self._versions: set[str] = set()
+        self._adapters: dict[str, str] = {}  # each one's base
         self.weight_bytes: dict[str, list[int]] = {}
         """Of each loaded version, what each rank holds of it."""
         self._active: str | None = None
@@ -140,6 +141,8 @@ class ShardedEngine(Engine):
         if version == self._active:
             raise EngineError(f"{version} is active; activate another version first")
         self._refuse_unknown(version)
+        for adapter in [a for a, base in self._adapters.items() if base == version]:
+            await self.release_adapter(adapter, drain_s)
         self._versions.remove(version)
         self.weight_bytes.pop(version)
         await self._until_free(lambda a: a.version == version, drain_s)
@@ -147,6 +150,42 @@ class ShardedEngine(Engine):
             await self.abort(answer.request_id)
         bound = CALL_TIMEOUT_S + self._config.start_timeout_s
         await self._ranks.call("release", bound, version=version)
+
+    # Adapters
+
+    async def load_adapter(self, adapter: str, base: str, directory: str) -> None:
+        """Have every rank read an adapter beside the version that it adds to."""
+        if self._adapters.get(adapter) == base:
+            return
+        self._refuse_unknown(base)
+        if adapter not in self._adapters and len(self._adapters) >= self._config.max_adapters:
+            raise EngineError(
+                f"adapter {adapter}: {len(self._adapters)} adapters are held already "
+                "(engine.max_adapters); release one, or raise that"
+            )
+        told = await self._ranks.call_all(
+            "adapt",
+            self._config.start_timeout_s,
+            adapter=adapter,
+            base=base,
+            directory=str(Path(directory).absolute()),
+            max_rank=self._config.max_lora_rank,
+        )
+        self._refuse_unknown(base)  # it may have been released meanwhile
+        self._adapters[adapter] = base
+        self.weight_bytes[adapter] = [rank["weight_bytes"] for rank in told]
+
+    async def release_adapter(self, adapter: str, drain_s: float) -> None:
+        """Take no more requests for the adapter, wait for its last, free it."""
+        if adapter not in self._adapters:
+            raise EngineError(f"{adapter} is not loaded; loaded: {sorted(self._adapters)}")
+        base = self._adapters.pop(adapter)
+        self.weight_bytes.pop(adapter)
+        await self._until_free(lambda a: a.version == adapter, drain_s)
+        for answer in [a for a in self._answers.values() if a.version == adapter]:
+            await self.abort(answer.request_id)
+        bound = CALL_TIMEOUT_S + self._config.start_timeout_s
+        await self._ranks.call("release", bound, version=base, adapter=adapter)
 
     # Requests
 
@@ -191,18 +230,24 @@ class ShardedEngine(Engine):
     async def stats(self) -> EngineStats:
         """Ask rank 0 for its counters."""
         counted = NO_STATS | (await self._ranks.call("stats", CALL_TIMEOUT_S))
-        return EngineStats(**counted, versions=tuple(sorted(self._versions)), active=self._active)
+        return EngineStats(
+            **counted,
+            versions=tuple(sorted(self._versions)),
+            active=self._active,
+            adapters=tuple(sorted(self._adapters)),
+        )
 
     def _admit(self, request: EngineRequest, version: str | None) -> TokenStream:
         version = version or self._active
         if version is None:
             raise RequestError("no version is active yet", 503, "engine_unavailable", None, 1)
-        if version not in self._versions:
+        base = self._adapters.get(version)
+        if base is None and version not in self._versions:
             raise RequestError(f"{version} is not loaded", 404, "model_not_found", "model")
         if request.request_id in self._answers:
             raise RequestError(f"request id {request.request_id} is in use", 409, "conflict")
         answer = Answer(request, version)
-        self._ranks.send(pack_request(request, version))
+        self._ranks.send(pack_request(request, base or version, version if base else ""))
         if not self._answers:
             self._ranks.moved_at = time.monotonic()  # from now on the ranks owe us steps
         self._answers[request.request_id] = answer

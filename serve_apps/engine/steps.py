@@ -104,5 +104,5 @@ class Step:
 
     def plan(self) -> StepPlan:
         """Return what every rank needs in order to compute this step."""
-        rows = tuple(Row(w.blocks, w.start, w.ids, w.logits) for w in self.work)
+        rows = tuple(Row(w.blocks, w.start, w.ids, w.logits, w.request.adapter) for w in self.work)
         return StepPlan(self.number, self.version, rows)

@@ -4,7 +4,7 @@ A frame is four bytes of length (little endian) and one msgpack map with text ke
 a frame can carry data, not behaviour. A length above ``MAX_FRAME_BYTES`` ends the connection
 before a byte of it is kept.
 
-    front → each rank   load
+    front → each rank   load, adapt
     front → rank 0      admit, abort, release, stats, stop
     each rank → front   hello (once), beat (each second), reply
     rank 0 → front      step (one a step, all requests)
@@ -74,7 +74,7 @@ def pack(message: dict[str, Any]) -> bytes:
     return HEADER.pack(len(body)) + bytes(body)
 
 
-def pack_request(request: EngineRequest, version: str) -> dict[str, Any]:
+def pack_request(request: EngineRequest, version: str, adapter: str = "") -> dict[str, Any]:
     """Return the message that admits ``request``; `unpack_sampling` reads its rules."""
     plain = Sampling()
     rules = {
@@ -97,6 +97,7 @@ def pack_request(request: EngineRequest, version: str) -> dict[str, Any]:
         "priority": request.priority,
         "deadline_s": request.deadline_s,
         "salt": request.salt,
+        **({"adapter": adapter} if adapter else {}),
     }
 
 

@@ -77,7 +77,7 @@ class Gateway:
         served, version = resolve(body.model, self._backend.served())
         name, salt = f"chatcmpl-{self._new_id()}", request.state.salt
         call = wire.chat_call(body, name, version, limits, salt)
-        return await self._reply(request, body, call, served.name, limits)
+        return await self._reply(request, body, call, served, limits)
 
     async def completions(self, request: Request) -> Response:
         """Answer ``POST /v1/completions``."""
@@ -87,10 +87,10 @@ class Gateway:
         served, version = resolve(body.model, self._backend.served())
         name, salt = f"cmpl-{self._new_id()}", request.state.salt
         call = wire.completion_call(body, name, version, limits, salt)
-        return await self._reply(request, body, call, served.name, limits)
+        return await self._reply(request, body, call, served, limits)
 
     async def _reply(
-        self, request: Request, body: Common, call: Call, name: str, limits: Limits
+        self, request: Request, body: Common, call: Call, served: Served, limits: Limits
     ) -> Response:
         reply = Reply(
             chat=call.messages is not None,
@@ -102,15 +102,15 @@ class Gateway:
             include_usage=body.include_usage,
             always_usage=body.usage_in_every_chunk,
         )
-        stream = events(self._backend, name, call, limits)
+        stream = events(self._backend, served.model, call, limits)
         if not body.stream:
             await unless_gone(request.receive, _collect(stream, reply))
-            headers = {"content-type": "application/json", **_headers(reply.version)}
+            headers = {"content-type": "application/json", **_headers(reply.version, served)}
             return Response(errors.encode(reply.document()), headers=headers)
         # Until the first token there is a status code to tell a failure with; so wait for it.
         first = await unless_gone(request.receive, _first(stream))
         frames = _frames(first, stream, reply, request)
-        return EventStream(frames, _headers(first.version))
+        return EventStream(frames, _headers(first.version, served))
 
 
 async def _collect(stream: AsyncGenerator[Event, None], reply: Reply) -> None:
@@ -148,19 +148,21 @@ async def _frames(
         request.state.outcome = outcome  # the status line was sent before anybody knew
 
 
-def _headers(version: str) -> dict[str, str]:
-    return {"x-roundhouse-model": version}
+def _headers(version: str, served: Served) -> dict[str, str]:
+    base = served.bases.get(version)
+    return {"x-roundhouse-model": version} | ({"x-roundhouse-base": base} if base else {})
 
 
 def _model(served: Served, name: str, version: str | None = None) -> dict[str, Any]:
+    root = version or (served.active[-1] if served.active else None)
     return {
         "id": name,
         "object": "model",
         "created": served.created,
         "owned_by": "roundhouse",
-        "root": version or (served.active[-1] if served.active else None),
+        "root": root,
         "live": list(served.live),
-    }
+    } | ({"parent": served.bases.get(root or "")} if served.app else {})
 
 
 def make_app(

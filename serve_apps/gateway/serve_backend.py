@@ -41,7 +41,7 @@ class ServeBackend:
         """
         if self.expected is None:
             return self._served
-        return {name: one for name, one in self._served.items() if name in self.expected}
+        return {name: one for name, one in self._served.items() if one.model in self.expected}
 
     def ready(self) -> bool:
         """Say whether every expected model has a replica that answers."""

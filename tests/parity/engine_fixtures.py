@@ -143,11 +143,11 @@ class LocalRank:
         self.models[version] = model
         self.pickers[version] = Picker(model.vocab_size, model.device)
 
-    def add(self, r: EngineRequest, version: str = "") -> None:
+    def add(self, r: EngineRequest, version: str = "", adapter: str = "") -> None:
         ids, stop, seed = list(r.prompt_ids), frozenset(r.stop_ids), r.sampling.seed or 0
         self.answers[r.request_id] = Answered()
         self.pickers[version].add(r.request_id, r.prompt_ids, r.sampling, seed, stop)
-        rest: dict[str, Any] = {"priority": r.priority, "salt": r.salt}
+        rest: dict[str, Any] = {"priority": r.priority, "salt": r.salt, "adapter": adapter}
         self.scheduler.add(
             Running(r.request_id, version, ids, r.max_tokens, r.sampling, seed, stop, **rest)
         )
@@ -172,10 +172,12 @@ class LocalRank:
         self.scheduler.check()
         return step
 
-    def run(self, requests: Sequence[EngineRequest] = (), version: str = "") -> list[Answered]:
+    def run(
+        self, requests: Sequence[EngineRequest] = (), version: str = "", adapter: str = ""
+    ) -> list[Answered]:
         """Answer ``requests`` and all that is there already."""
         for r in requests:
-            self.add(r, version)
+            self.add(r, version, adapter)
         while self.step():
             pass
         assert self.scheduler.held_tokens == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,35 @@ def test_tc15_every_kind_of_addition_merges_into_what_was_live(
         changed = {name for name in old if not torch.equal(old[name], new[name])}
         assert all("layers.1." in name or "q_proj" in name for name in changed)
         assert any("layers.0.self_attn.q_proj" in name for name in changed)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_tc15_an_adapter_by_itself_is_served_as_it_was_live(
+    two: Ranks, base: Path, data: Dataset, tmp_path: Path, zero: int
+) -> None:
+    from tests.parity.adapter_fixtures import with_adapter
+
+    adapter = {"kind": "lora", "r": 4, "alpha": 8.0}
+    publish = {"name": "mine", "merge": False}
+    fields = work.settings(zero=zero, adapter=adapter, publish=publish, run={"steps": 4})
+    outcome = two.run(work.exported, base, fields, data, tmp_path / "out")[0]
+    told = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == "base@1"
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        peft = with_adapter(base, tmp_path / "out")(input_ids=ids).logits.numpy()
+    np.testing.assert_allclose(peft, outcome["logits"], atol=1e-5)
+    assert any(t.abs().max() > 0 for n, t in tensors(tmp_path / "out").items() if "lora_B" in n)
+
+
+def test_tc07_an_adapter_over_a_divided_base_goes_on_to_the_bit(
+    two: Ranks, base: Path, data: Dataset, tmp_path: Path
+) -> None:
+    more: dict[str, Any] = {
+        "zero": 3,
+        "adapter": {"kind": "lora", "r": 4},
+        "publish": {"name": "mine", "merge": False},
+    }
+    fields = work.settings(**more, run={"steps": 4, "save_every": 2})
+    outcome = two.run(work.interrupted, base, fields, data, tmp_path, 2)[0]
+    assert outcome["again"]["digest"] == outcome["whole"]["digest"]

@@ -22,6 +22,7 @@ from train_jobs.data.order import Order
 from train_jobs.engine import build_engine, forget
 from train_jobs.evaluate import evaluate
 from train_jobs.export import gathered, live_tensors, write_model
+from train_jobs.export_adapter import write_adapter
 from train_jobs.group import Device, Place
 from train_jobs.guard import Guard
 from train_jobs.ports import PlainWorld
@@ -348,6 +349,9 @@ def exported(
     frozen = {name: tensor for name, tensor in session.whole().items() if "lora_" not in name}
     record = check(session, "float32")
     adapter = session.config.adapter is not None
+    if not session.config.publish.merge:
+        write_adapter(session.engine.module, "base@1", target, place.rank)
+        return {"logits": logits.numpy(), "frozen": frozen, "record": record}
     model = merged(session.engine.module) if adapter else session.engine.module
     if place.rank == 0 or session.config.zero == 3:
         write_model(live_tensors(model), base, target, place.rank)

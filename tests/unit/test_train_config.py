@@ -84,6 +84,15 @@ def test_a_resolved_configuration_reads_back_equal(config: Path, tmp_path: Path)
             r"my.yaml:\d+: adapter.kind: 'lore' is none of 'lora', 'freeze'",
         ),
         ({"adapter": {"kind": "lora", "rank": 8}}, r"unknown key 'rank'"),
+        ({"publish": {"name": "x", "merge": False}}, "needs something apart"),
+        (
+            {"adapter": {"kind": "lora"}, "publish": {"merge": False}},
+            "needs publish.name: an adapter has a name",
+        ),
+        (
+            {"adapter": {"kind": "lora", "dora": True}, "publish": {"name": "x", "merge": False}},
+            "with adapter.dora",
+        ),
         ({"adapter": {"kind": "lora", "targets": []}}, "name at least one layer"),
         ({"publish": {"name": "My Model"}}, r"my.yaml:\d+: publish.name: .*'My Model' is no name"),
         ({"optim": {"betas": [1.5, 0.9]}}, r"my.yaml:\d+: optim.betas"),

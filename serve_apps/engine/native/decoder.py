@@ -90,7 +90,12 @@ class NativeDecoder:
         """Bytes of the packed weights and the embedding."""
         return self._kept.nbytes + int(self._embedding.nbytes)
 
-    def forward(self, plan: StepPlan, attending: AttentionPlan) -> torch.Tensor:
+    def forward(
+        self,
+        plan: StepPlan,
+        attending: AttentionPlan,
+        adapted: layout.Adapted | None = None,
+    ) -> torch.Tensor:
         """Compute a step; return float32 logits ``[B, vocab]`` of the tokens that want them."""
         if attending.cache is not self._cache:
             self._use(attending.cache)
@@ -115,6 +120,7 @@ class NativeDecoder:
             sin=sin.data_ptr(),
             wanted_at=wanted_at.data_ptr(),
             logits=logits.data_ptr(),
+            adapted=adapted or layout.Adapted(),
             seconds=None if self.seconds is None else self.seconds.data_ptr(),
         )
         self._library.rh_step(ctypes.byref(self._decoder), ctypes.byref(step))

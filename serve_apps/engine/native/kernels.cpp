@@ -220,6 +220,60 @@ struct Groups {
     int size(int g) const { return base + (g < extra); }
 };
 
+// What an adapter adds to one product: x A^T B^T, of low rank (Hu et al., "LoRA", 2021). A product
+// of several layers side by side (query, key and value) has an A for each, one above another.
+struct Low {
+    const void *down;     // all A, as panels of 16 sums, each panel [inputs, 16]
+    const void *up;       // B, its scale multiplied in: for each panel of outputs [rank, 16]
+    const int32_t *starts;  // for each panel of outputs, where its layer's sums begin; -1: no addition
+    int32_t down_type, up_type;
+    int32_t width;        // sums of a token, padded to whole panels
+    int32_t rank;         // sums of one layer
+};
+
+struct Adapted {  // a step's tokens with an adapter; those of one adapter are best side by side
+    int32_t count, unused;
+    const int32_t *spans;    // [count][3]: first token, tokens, number of the adapter
+    const Low *const *low;   // [adapters][layers * 4]
+    int64_t stride;          // the largest width
+};
+
+struct Added {  // the same as one product sees it
+    const Adapted *adapted;
+    int part;
+    const int32_t *adapter_of;  // [tokens], -1: none
+    float *sums;                // [tokens, stride]
+};
+
+template <class T>
+void add_up(const float *sums, const T *up, int rank, vf *acc) {
+    vf odd[VN] = {};  // two chains: one would wait for itself
+    int k = 0;
+    for (; k + 2 <= rank; k += 2) {
+        const vf x = splat(sums[k]), y = splat(sums[k + 1]);
+        for (int v = 0; v < VN; v++) {
+            acc[v] += x * load(up + k * NR + v * W);
+            odd[v] += y * load(up + (k + 1) * NR + v * W);
+        }
+    }
+    if (k < rank)
+        for (int v = 0; v < VN; v++) acc[v] += splat(sums[k]) * load(up + k * NR + v * W);
+    for (int v = 0; v < VN; v++) acc[v] += odd[v];
+}
+
+__attribute__((noinline)) void add_low(const Added &added, int row, int panel, vf *acc) {
+    const int32_t adapter = added.adapter_of[row];
+    if (adapter < 0) return;
+    const Low &low = added.adapted->low[adapter][added.part];
+    if (!low.width || low.starts[panel] < 0) return;
+    const float *sums = added.sums + row * added.adapted->stride + low.starts[panel];
+    const int64_t at = int64_t(panel) * low.rank * NR;
+    if (low.up_type == BF16)
+        add_up(sums, static_cast<const bf16 *>(low.up) + at, low.rank, acc);
+    else
+        add_up(sums, static_cast<const float *>(low.up) + at, low.rank, acc);
+}
+
 // Where a product's results go. One function for all products: the loops above it are instantiated
 // for each type and number of rows, this is not.
 struct Sink {
@@ -227,6 +281,7 @@ struct Sink {
     float *to;
     int64_t stride;
     int activation;
+    const Added *added;  // or null: no token has an adapter
 };
 
 __attribute__((noinline)) void finish(const Matrix &w, const Sink &sink, int row, int panel, vf *acc) {
@@ -234,6 +289,7 @@ __attribute__((noinline)) void finish(const Matrix &w, const Sink &sink, int row
         if (w.scale) acc[v] *= load(w.scale + panel * NR + v * W);
         if (w.bias) acc[v] += load(w.bias + panel * NR + v * W);
     }
+    if (sink.added) add_low(*sink.added, row, panel, acc);
     if (sink.mode == Sink::GATE) {  // the gate's panel comes first and waits for its partner
         float *to = sink.to + row * sink.stride + panel / 2 * NR;
         for (int v = 0; v < VN; v++, to += W) {
@@ -340,6 +396,46 @@ void product(const float *a, int rows, const Matrix &w, const Sink &sink, Counte
     if (w.type == F32) product_of<float>(a, rows, w, sink, counters, phase, wide);
     if (w.type == BF16) product_of<bf16>(a, rows, w, sink, counters, phase, wide);
     if (w.type == INT8) product_of<int8_t>(a, rows, w, sink, counters, phase, wide);
+}
+
+template <class T>
+void down_panel(const float *x, int64_t inputs, int rows, const T *panel, float *to,
+                int64_t stride) {
+    const Groups groups(rows);
+    for (int g = 0; g < groups.count; g++) {
+        const int r0 = groups.begin(g);
+        with_rows(groups.size(g), [&](auto constant) {
+            constexpr int M = constant;
+            vf acc[M][VN];
+            sums<M, 1>(x + r0 * inputs, inputs, panel, inputs, acc);
+            for (int m = 0; m < M; m++)
+                for (int v = 0; v < VN; v++) store(to + (r0 + m) * stride + v * W, acc[m][v]);
+        });
+    }
+}
+
+// This thread's share of the sums x A^T, of all tokens with an adapter.
+void product_down(const float *x, int64_t inputs, const Added &added, Counters &counters,
+                  size_t phase) {
+    const Adapted &adapted = *added.adapted;
+    int t = counters.next(phase), task = 0;
+    for (int s = 0; s < adapted.count; s++) {
+        const int32_t *span = adapted.spans + 3 * s;
+        const Low &low = adapted.low[span[2]][added.part];
+        const int upto = task + low.width / NR;
+        for (; t < upto; t = counters.next(phase)) {
+            const int64_t at = (t - task) * inputs * NR;
+            const float *from = x + span[0] * inputs;
+            float *to = added.sums + span[0] * adapted.stride + (t - task) * NR;
+            if (low.down_type == BF16)
+                down_panel(from, inputs, span[1], static_cast<const bf16 *>(low.down) + at, to,
+                           adapted.stride);
+            else
+                down_panel(from, inputs, span[1], static_cast<const float *>(low.down) + at, to,
+                           adapted.stride);
+        }
+        task = upto;
+    }
 }
 
 void rms_norm(const float *x, const float *weight, float eps, int width, float *out) {
@@ -550,10 +646,12 @@ struct Step {
     const float *cos, *sin;     // [tokens, width]
     const int32_t *wanted_at;   // [wanted] tokens whose logits are asked for
     float *logits;              // [wanted, vocab]
+    Adapted adapted;
     double *seconds;            // [6] or null: what each part of a layer took, and the head
 };
 
 enum Part { QKV, ATTENTION, OUTPUT, GATE_UP, DOWN, HEAD };
+constexpr int PRODUCTS = 4;  // of a layer: all parts but the attention
 
 // Computes a step through all layers. Buffers are kept between calls of the same thread.
 void rh_step(const Decoder *d, const Step *step) {
@@ -561,20 +659,45 @@ void rh_step(const Decoder *d, const Step *step) {
     const int group = d->heads / d->kv_heads;
     const int64_t qkv_width = int64_t(d->heads + 2 * d->kv_heads) * width;
     const int64_t attended = int64_t(d->heads) * width;
-    static thread_local std::vector<float> normed, qkv, mixed, inner;
+    static thread_local std::vector<float> normed, qkv, mixed, inner, lowered;
     normed.resize(int64_t(tokens > step->wanted ? tokens : step->wanted) * hidden);
     qkv.resize(tokens * qkv_width);
     mixed.resize(tokens * attended);
     inner.resize(int64_t(tokens) * d->inner);
     float *x = step->x, *h = normed.data(), *a = qkv.data(), *m = mixed.data(), *f = inner.data();
-    Counters counters(d->layers * 5 + 1);
+    const size_t last_phase = d->layers * (5 + PRODUCTS);
+    Counters counters(last_phase + 1);
     std::vector<int32_t> row_of(tokens);
     for (int r = 0; r < step->rows.count; r++)
         for (int t = 0; t < step->rows.counts[r]; t++) row_of[step->rows.t0[r] + t] = r;
+    const Adapted &adapted = step->adapted;
+    std::vector<int32_t> adapter_of;
+    if (adapted.count) {
+        adapter_of.resize(tokens, -1);
+        for (int s = 0; s < adapted.count; s++)
+            for (int t = 0; t < adapted.spans[3 * s + 1]; t++)
+                adapter_of[adapted.spans[3 * s] + t] = adapted.spans[3 * s + 2];
+        lowered.resize(tokens * adapted.stride);
+    }
+    float *u = lowered.data();
     Meeting meeting;
 #pragma omp parallel num_threads(step->threads)
     {
         static thread_local Scratch scratch;
+        Added added{&adapted, 0, adapter_of.data(), u};
+        // A layer's products in their order, each with what adapters add to it.
+        auto multiply = [&](const float *from, const Matrix &w, int layer, int n, Sink sink) {
+            if (adapted.count) {
+                added.part = layer * PRODUCTS + n;
+                product_down(from, w.inputs, added, counters,
+                             d->layers * 5 + layer * PRODUCTS + n);
+                meeting.wait();
+                sink.added = &added;
+            }
+            const size_t phase = layer * 5 + n + (n > 0);  // attention comes after the first
+            product(from, tokens, w, sink, counters, phase, scratch.wide);
+            meeting.wait();
+        };
         const bool timed = step->seconds && omp_get_thread_num() == 0;
         double since = timed ? omp_get_wtime() : 0;
         auto took = [&](Part part) {
@@ -591,9 +714,7 @@ void rh_step(const Decoder *d, const Step *step) {
                 rms_norm(x + int64_t(t) * hidden, layer.input_norm, d->eps, hidden,
                          h + int64_t(t) * hidden);
             meeting.wait();
-            product(h, tokens, layer.qkv, {Sink::SET, a, qkv_width, 0}, counters, phase,
-                    scratch.wide);
-            meeting.wait();
+            multiply(h, layer.qkv, l, 0, {Sink::SET, a, qkv_width, 0, nullptr});
             took(QKV);
 #pragma omp for schedule(static) nowait
             for (int t = 0; t < tokens; t++) {
@@ -626,22 +747,16 @@ void rh_step(const Decoder *d, const Step *step) {
                                    attended, counters, phase + 1, scratch);
             meeting.wait();
             took(ATTENTION);
-            product(m, tokens, layer.output, {Sink::ADD, x, hidden, 0}, counters, phase + 2,
-                    scratch.wide);
-            meeting.wait();
+            multiply(m, layer.output, l, 1, {Sink::ADD, x, hidden, 0, nullptr});
             took(OUTPUT);
 #pragma omp for schedule(static) nowait
             for (int t = 0; t < tokens; t++)
                 rms_norm(x + int64_t(t) * hidden, layer.inner_norm, d->eps, hidden,
                          h + int64_t(t) * hidden);
             meeting.wait();
-            product(h, tokens, layer.gate_up, {Sink::GATE, f, d->inner, d->activation}, counters,
-                    phase + 3, scratch.wide);
-            meeting.wait();
+            multiply(h, layer.gate_up, l, 2, {Sink::GATE, f, d->inner, d->activation, nullptr});
             took(GATE_UP);
-            product(f, tokens, layer.down, {Sink::ADD, x, hidden, 0}, counters, phase + 4,
-                    scratch.wide);
-            meeting.wait();
+            multiply(f, layer.down, l, 3, {Sink::ADD, x, hidden, 0, nullptr});
             took(DOWN);
         }
 #pragma omp for schedule(static) nowait
@@ -650,8 +765,8 @@ void rh_step(const Decoder *d, const Step *step) {
                      h + int64_t(i) * hidden);
         meeting.wait();
         if (step->wanted)
-            product(h, step->wanted, d->head, {Sink::SET, step->logits, d->vocab, 0}, counters,
-                    d->layers * 5, scratch.wide);
+            product(h, step->wanted, d->head, {Sink::SET, step->logits, d->vocab, 0, nullptr},
+                    counters, last_phase, scratch.wide);
         meeting.wait();
         took(HEAD);
     }
@@ -663,14 +778,14 @@ void rh_linear(const Matrix *w, const float *x, int32_t rows, float *out, int32_
 #pragma omp parallel num_threads(threads)
     {
         static thread_local std::vector<float> wide;
-        product(x, rows, *w, {Sink::SET, out, w->outputs, 0}, counters, 0, wide);
+        product(x, rows, *w, {Sink::SET, out, w->outputs, 0, nullptr}, counters, 0, wide);
     }
 }
 
 // Sizes that Python checks its own description of the structures against.
 int32_t rh_sizes(int32_t *out) {
     const int32_t sizes[] = {sizeof(Matrix), sizeof(Cache), sizeof(Rows), sizeof(Layer),
-                             sizeof(Decoder), sizeof(Step)};
+                             sizeof(Decoder), sizeof(Step), sizeof(Low)};
     memcpy(out, sizes, sizeof sizes);
     return sizeof sizes / sizeof sizes[0];
 }

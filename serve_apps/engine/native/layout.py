@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from typing import Any, Literal
 
 import torch
@@ -84,6 +84,29 @@ class Decoder(Structure):
     )
 
 
+class Low(Structure):
+    """What an adapter adds to one product; see kernels.cpp."""
+
+    _fields_ = (
+        ("down", c_void_p),
+        ("up", c_void_p),
+        ("starts", c_void_p),
+        *((name, c_int32) for name in ("down_type", "up_type", "width", "rank")),
+    )
+
+
+class Adapted(Structure):
+    """Which tokens of a step have which adapter."""
+
+    _fields_ = (
+        ("count", c_int32),
+        ("unused", c_int32),
+        ("spans", c_void_p),
+        ("low", c_void_p),
+        ("stride", c_int64),
+    )
+
+
 PARTS = ("qkv", "attention", "output", "gate_up", "down", "head")
 """What ``Step.seconds`` tells apart, in its order."""
 
@@ -99,11 +122,12 @@ class Step(Structure):
         ("sin", c_void_p),
         ("wanted_at", c_void_p),
         ("logits", c_void_p),
+        ("adapted", Adapted),
         ("seconds", c_void_p),
     )
 
 
-STRUCTURES = (Matrix, Cache, Rows, Layer, Decoder, Step)
+STRUCTURES = (Matrix, Cache, Rows, Layer, Decoder, Step, Low)
 
 
 def agree(library: ctypes.CDLL) -> bool:
