@@ -37,6 +37,7 @@ def short(config: FinetuneConfig) -> FinetuneConfig:
             *("run.epochs=null", f"run.steps={WARM + TIMED}", "run.save_every=null"),
             *("data.heldout=null", "data.split=0", "run.evaluate_every=null", "run.best=null"),
             *("run.early_stop=null", "publish.which=last", "publish.hold=true", "track=[]"),
+            "publish.every=null",
         ],
     )
 

@@ -62,7 +62,7 @@ def config_of(config: FinetuneConfig, point: Mapping[str, Any]) -> FinetuneConfi
         ConfigError: a value cannot be where it is to go, or the field does not exist.
     """
     fields = config.model_dump(mode="json") | {"tune": None}
-    fields["publish"] = fields["publish"] | {"hold": True}
+    fields["publish"] = fields["publish"] | {"hold": True, "every": None}
     return build(fields, FinetuneConfig, overrides(point), "tune.space")
 
 

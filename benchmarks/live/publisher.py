@@ -1,7 +1,8 @@
 """A process on the cluster that puts versions on the shelf: noise on the model's weights.
 
-One JSON question a line: ``{"put": 3}`` makes ``live@run.bench.3``, ``{"withdraw": 3}`` takes it
-away, ``{"status": true}`` tells the bytes on the shelf and in use by the object store.
+One JSON question a line: ``{"make": 3}`` computes the weights of ``live@run.bench.3``,
+``{"put": 3}`` puts them there, ``{"withdraw": 3}`` takes them away, and ``{"status": true}`` tells
+the bytes on the shelf and in use by the object store.
 """
 
 from __future__ import annotations
@@ -47,12 +48,17 @@ def main() -> int:
     from cluster.weights.actors import CALL_S, agents, asked
     from cluster.weights.files import small_files
 
-    files = small_files(model)
+    files, made = small_files(model), dict[int, dict[str, torch.Tensor]]()
+    torch.set_num_threads(1)  # two of them would wait for each other beside busy ranks
     _say({"ready": True})
     for line in sys.stdin:
         question: dict[str, Any] = json.loads(line)
-        if "put" in question:
-            tensors = weights(model, question["put"])
+        if "make" in question:
+            made[question["make"]] = weights(model, question["make"])
+            _say({"made": question["make"]})
+        elif "put" in question:
+            # as many different weights as were made; their versions have numbers of their own
+            tensors = made[sorted(made)[(question["put"] - 1) % len(made)]]
             began = time.monotonic()
             bundle = client.publish(version(question["put"]), files, tensors.items(), f"{NAME}@1")
             seconds = time.monotonic() - began

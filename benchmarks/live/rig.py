@@ -39,7 +39,7 @@ class Rig:
 
     def __exit__(self, *_: object) -> None:
         if self._process:
-            self._process.terminate()
+            self._process.kill()  # it owns nothing: what it put belongs to the shelf
             self._process.wait(30)
         self.verb("down")
 

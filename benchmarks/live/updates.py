@@ -88,7 +88,8 @@ def measure_updates(rig: Rig, endpoint: Endpoint, args: argparse.Namespace) -> S
     """Three updates and one way back under load."""
     windows: list[tuple[float, float]] = []
     flips: list[float] = []
-    rig.shelf(status=True)
+    for number in (1, 2, 3):
+        rig.shelf(make=number)
     with Load(endpoint, args.streams, args.new_tokens, endless()) as load:
         time.sleep(args.steady_s)
         steady_until = time.monotonic()
@@ -126,6 +127,8 @@ def measure_updates(rig: Rig, endpoint: Endpoint, args: argparse.Namespace) -> S
 def measure_leaks(rig: Rig, endpoint: Endpoint, args: argparse.Namespace) -> Samples:
     """Many updates under a little load; what has grown since the fifth of them."""
     rss, store, began = list[float](), list[float](), time.monotonic()
+    for number in (1, 2, 3):
+        rig.shelf(make=number)
     with Load(endpoint, 2, 16, endless()) as load:
         for number in range(10, 10 + args.updates + 5):
             rig.shelf(put=number)

@@ -77,12 +77,13 @@ class Agent:
                 self._elsewhere.lost(ref)
             return missing
 
-    def put(self, parcel: str, piece: str, array: Array) -> None:
-        """Take one piece, whose hash the caller has computed; readers check it."""
-        reference = self._store.put(array)
-        with self._lock:
-            self._references[piece] = reference
-            self._inventory.arrived(parcel, piece, array.nbytes, self._clock())
+    def put(self, parcel: str, arrays: Mapping[str, Array]) -> None:
+        """Take pieces by their hashes, which the caller has computed; readers check them."""
+        for piece, array in arrays.items():
+            reference = self._store.put(array)
+            with self._lock:
+                self._references[piece] = reference
+                self._inventory.arrived(parcel, piece, array.nbytes, self._clock())
 
     def finish(self, parcel: str, bundle: Bundle, tell: bool = True) -> None:
         """All pieces of this node have come: from now on the version is here.
@@ -197,7 +198,7 @@ class Agent:
             arrays = self._store.get([references[piece] for piece in group])
             for piece, array in zip(group, arrays, strict=True):
                 check(Piece(piece, bundle.pieces[piece]), array)
-                self.put(parcel, piece, array)
+                self.put(parcel, {piece: array})
         self.finish(parcel, bundle)
 
     def _read(self, ref: str) -> None:
@@ -208,7 +209,7 @@ class Agent:
             [part] = cut(array, 0, 1)
             piece = Piece(hash_of(part), part.nbytes)
             if self.begin(parcel, {piece.sha256: piece.nbytes}):
-                self.put(parcel, piece.sha256, part)
+                self.put(parcel, {piece.sha256: part})
             tensors[name] = Tensor(dtype, array.shape, (piece,))
         files = small_files(version.path)
         self.finish(parcel, Bundle(ref, files, tensors, version.manifest.base, time.time()))

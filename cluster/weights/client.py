@@ -40,8 +40,8 @@ from cluster.weights.layout import (
 
 GROUP_BYTES = 64 << 20
 """Tensors that are hashed and offered together: what a writer holds beside the model."""
-PENDING = 8
-"""Pieces on their way to the agent at once."""
+PENDING = 2
+"""Groups on their way to the agent at once."""
 
 Named = tuple[str, Any]
 
@@ -92,9 +92,10 @@ class Writer:
     def _send(self, parcel: str, arrays: Mapping[str, Array]) -> None:
         sizes = {piece: array.nbytes for piece, array in arrays.items()}
         missing = asked(self._agent.begin.remote(parcel, sizes), CALL_S)
-        for piece in missing:
-            # a copy in this node's store now: the caller may change the tensor from here on
-            self._pending.append(self._agent.put.remote(parcel, piece, arrays[piece]))
+        if missing:
+            # a copy in this node's store now: the caller may change the tensors from here on
+            some = {piece: arrays[piece] for piece in missing}
+            self._pending.append(self._agent.put.remote(parcel, some))
             self._wait(PENDING)
 
     def _wait(self, most: int) -> None:

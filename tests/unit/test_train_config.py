@@ -93,6 +93,18 @@ def test_a_resolved_configuration_reads_back_equal(config: Path, tmp_path: Path)
             {"adapter": {"kind": "lora", "dora": True}, "publish": {"name": "x", "merge": False}},
             "with adapter.dora",
         ),
+        (
+            {"publish": {"every": 5}, "objective": {"kind": "masked_lm"}, "model": "tiny"},
+            "publish.every=5 with objective masked_lm: replicas answer with decoders",
+        ),
+        (
+            {
+                "publish": {"every": 5, "name": "x", "merge": False},
+                "adapter": {"kind": "lora"},
+                "zero": 3,
+            },
+            "publish.every=5 with an adapter and zero=3: what goes live is the sum",
+        ),
         ({"adapter": {"kind": "lora", "targets": []}}, "name at least one layer"),
         ({"publish": {"name": "My Model"}}, r"my.yaml:\d+: publish.name: .*'My Model' is no name"),
         ({"optim": {"betas": [1.5, 0.9]}}, r"my.yaml:\d+: optim.betas"),
@@ -257,6 +269,8 @@ def test_a_timed_run_publishes_nothing_and_goes_on_with_nothing(
         timing.short(made)
     alone = timing.short(FinetuneConfig.model_validate({**fields, "objective": {"kind": "sft"}}))
     assert alone.publish.hold
+    every = FinetuneConfig.model_validate({**fields, "publish": {"every": 2}})
+    assert timing.short(every).publish.every is None
     assert alone.run.steps == timing.WARM + timing.TIMED
     with pytest.raises(ConfigError, match="--time with --resume my-1: it would go on"):
         train(None, resume="my-1", time=True)

@@ -110,7 +110,7 @@ def put(agent: Agent, ref: str, *arrays: Array) -> Bundle:
     bundle = bundle_of(ref, *arrays)
     by_hash = {hash_of(a): a for a in arrays}
     for piece in agent.begin(ref, bundle.pieces):
-        agent.put(ref, piece, by_hash[piece])
+        agent.put(ref, {piece: by_hash[piece]})
     agent.finish(ref, bundle)
     return bundle
 
@@ -155,7 +155,7 @@ def test_what_two_versions_share_lies_there_once(clock: Clock) -> None:
     put(agent, "m@1", array(1), array(2))
     second = bundle_of("m@2", array(1), array(3))
     assert agent.begin("p", second.pieces) == [hash_of(array(3))]
-    agent.put("p", hash_of(array(3)), array(3))
+    agent.put("p", {hash_of(array(3)): array(3)})
     agent.finish("p", second)
     assert agent.status()["bytes"] == 300
     agent.drop("m@1")
@@ -202,7 +202,7 @@ def test_RC03_what_a_dead_writer_left_goes_and_a_second_try_succeeds(clock: Cloc
     agent = Network().join("a", 250, clock)
     bundle = bundle_of("m@1", array(1), array(2))
     agent.begin("dead", bundle.pieces)
-    agent.put("dead", hash_of(array(1)), array(1))
+    agent.put("dead", {hash_of(array(1)): array(1)})
     with pytest.raises(UnknownModel):
         agent.take("m@run.x.1", "replica")
     with pytest.raises(NotEnough):
@@ -223,7 +223,7 @@ def test_a_node_gets_what_it_lacks_from_others_checked(clock: Clock) -> None:
     # two ranks of a trainer on two nodes, each with its part
     for agent, part in ((a, one), (b, two)):
         agent.begin("p", {hash_of(part): part.nbytes})
-        agent.put("p", hash_of(part), part)
+        agent.put("p", {hash_of(part): part})
     for name, agent in network.agents.items():
         agent.finish("p", bundle, tell=False)
         network.nodes.setdefault(bundle.ref, set()).add(name)
