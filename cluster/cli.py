@@ -16,6 +16,7 @@ from cluster import console
 from cluster.config_cli import config_app
 from cluster.errors import RoundhouseError
 from cluster.options import AsJson, DryRun
+from cluster.weights.cli import shelf
 
 if TYPE_CHECKING:
     from cluster.keys import KeyStore
@@ -31,6 +32,7 @@ app = typer.Typer(
 keys_app = typer.Typer(help="API keys of the endpoint.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(config_app, name="config")
+app.add_typer(shelf, name="shelf")
 
 
 def _version(wanted: bool) -> None:

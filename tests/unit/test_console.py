@@ -63,6 +63,7 @@ READ_ONLY = {
     "models show",
     "models verify",
     "monitor render",
+    "shelf list",
     "status",
 }
 """Verbs that change nothing, but for a file that they are told to write: nothing to rehearse."""
