@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -90,8 +91,9 @@ class Others:
         """See :class:`cluster.weights.agent.Elsewhere`."""
         found, wanted = dict[str, Any](), list(pieces)
         told = asked(open_directory().find.remote(ref), CALL_S)
-        known = agents()
-        for node in [] if told is None else told[1]:
+        known, nodes = agents(), [] if told is None else told[1]
+        random.shuffle(nodes)  # or all would ask the same one
+        for node in nodes:
             if node == self._node or node not in known or not wanted:
                 continue
             with contextlib.suppress(RoundhouseError):  # another node may have them as well

@@ -6,6 +6,7 @@ as long as it does, whoever handed it over: an object dies with the process that
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -185,21 +186,35 @@ class Agent:
             )
 
     def _fetch(self, bundle: Bundle) -> None:
-        """Copy what this node lacks of a version from other nodes, checked piece by piece."""
+        """Copy what this node lacks of a version from other nodes, checked piece by piece.
+
+        In an order of its own, and what has come may be taken from here at once: of many nodes
+        that begin together none then waits for the first (docs/decisions/0015).
+        """
         parcel = f"fetch {bundle.ref}"
         missing = self.begin(parcel, bundle.pieces)
-        references = self._elsewhere.references(bundle.ref, missing)
-        if lacking := set(missing) - set(references):
+        random.shuffle(missing)
+        self._elsewhere.have(bundle)
+        try:
+            for group in _groups({piece: bundle.pieces[piece] for piece in missing}):
+                self._copy(parcel, bundle, group)
+        except BaseException:
+            self._elsewhere.lost(bundle.ref)
+            self.abandon(parcel)
+            raise
+        self.finish(parcel, bundle)
+
+    def _copy(self, parcel: str, bundle: Bundle, pieces: Sequence[str]) -> None:
+        references = self._elsewhere.references(bundle.ref, pieces)
+        if lacking := set(pieces) - set(references):
             raise Corrupt(
                 f"{bundle.ref}: {len(lacking)} of its shards are on no node any more; publish it "
                 "again"
             )
-        for group in _groups({piece: bundle.pieces[piece] for piece in missing}):
-            arrays = self._store.get([references[piece] for piece in group])
-            for piece, array in zip(group, arrays, strict=True):
-                check(Piece(piece, bundle.pieces[piece]), array)
-                self.put(parcel, {piece: array})
-        self.finish(parcel, bundle)
+        arrays = self._store.get([references[piece] for piece in pieces])
+        for piece, array in zip(pieces, arrays, strict=True):
+            check(Piece(piece, bundle.pieces[piece]), array)
+            self.put(parcel, {piece: array})
 
     def _read(self, ref: str) -> None:
         """Put a version of the library on the shelf."""

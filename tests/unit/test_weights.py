@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ class Network:
         self.agents: dict[str, Agent] = {}
         self.nodes: dict[str, set[str]] = {}
         self.bundles: dict[str, Bundle] = {}
+        self.asked: Counter[str] = Counter()
+        """Pieces that each node has given to others."""
 
     def join(self, name: str, budget: int, clock: Any, library: Any = None) -> Agent:
         self.agents[name] = Agent(Store(), budget, View(self, name), library, clock)
@@ -50,9 +54,12 @@ class View:
 
     def references(self, ref: str, pieces: Sequence[str]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for node in self.network.nodes.get(ref, set()) - {self.name}:
-            some = self.network.agents[node].some(pieces)
+        nodes = sorted(self.network.nodes.get(ref, set()) - {self.name})
+        random.shuffle(nodes)
+        for node in nodes:
+            some = self.network.agents[node].some([p for p in pieces if p not in found])
             found |= {piece: inside[0] for piece, inside in some.items()}
+            self.network.asked[node] += len(some)
         return found
 
     def have(self, bundle: Bundle) -> None:
@@ -239,6 +246,17 @@ def test_a_node_gets_what_it_lacks_from_others_checked(clock: Clock) -> None:
     with pytest.raises(Corrupt):
         c.take(bad.ref, "replica")
     assert "m@run.x.2" not in c.status()["versions"]
+
+
+def test_many_nodes_take_from_each_other_and_not_all_from_the_first(clock: Clock) -> None:
+    network = Network()
+    arrays = [array(n, 4 << 20) for n in range(20)]  # several groups
+    put(network.join("a", 1 << 30, clock), "m@run.x.1", *arrays)
+    for name in "bcdef":
+        network.join(name, 1 << 30, clock).take("m@run.x.1", "replica")
+    assert sum(network.asked.values()) == 5 * len(arrays)
+    assert network.asked["a"] < 4 * len(arrays)
+    assert len(network.asked) > 2
 
 
 @pytest.mark.anyio
