@@ -141,10 +141,8 @@ class Connection:
                 if version := event.get("system_fingerprint"):
                     versions[version] = None
                 said = [choice["delta"].get("content") for choice in event.get("choices", ())]
-                finish = next(
-                    (c["finish_reason"] for c in event.get("choices", ()) if c["finish_reason"]),
-                    finish,
-                )
+                for choice in event.get("choices", ()):
+                    finish = choice.get("finish_reason") or finish
                 if any(said):
                     times.append(now)
                     text += [piece for piece in said if piece]
