@@ -217,8 +217,8 @@ class Agent:
             self.put(parcel, {piece: array})
 
     def _read(self, ref: str) -> None:
-        """Put a version of the library on the shelf."""
-        version, parcel = self._library.resolve(ref), f"read {ref}"
+        """Put a version of the library on the shelf; Corrupt names a file that differs."""
+        version, parcel = self._library.verify(ref), f"read {ref}"
         tensors: dict[str, Tensor] = {}
         for name, dtype, array in stored_tensors(version.path):
             [part] = cut(array, 0, 1)

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 
 from cluster.errors import ConfigError, Corrupt, NotEnough, UnknownModel
+from cluster.library.manifest import Facts
+from cluster.library.store import Library
 from cluster.weights.agent import Agent
 from cluster.weights.directory import Directory
 from cluster.weights.inventory import LEASE_S, PARCEL_S
 from cluster.weights.layout import Array, Bundle, Piece, Tensor, check, cut, hash_of, joined, share
+from tests.unit.serving_fixtures import write_model
 
 
 class Store:
@@ -246,6 +249,26 @@ def test_a_node_gets_what_it_lacks_from_others_checked(clock: Clock) -> None:
     with pytest.raises(Corrupt):
         c.take(bad.ref, "replica")
     assert "m@run.x.2" not in c.status()["versions"]
+
+
+def test_T35_a_version_of_the_library_comes_from_its_files_if_these_are_whole(
+    clock: Clock, tmp_path: Path
+) -> None:
+    library = Library(tmp_path / "library")
+    version = library.publish("tiny", write_model(tmp_path / "model"), Facts())
+    agent = Network().join("a", 1 << 20, clock, library)
+    bundle, references = agent.take("tiny@1", "replica")
+    assert set(bundle.files) == set(version.manifest.files) - {"model.safetensors"}
+    assert {hash_of(inside[0]) for inside in references.values()} == set(bundle.pieces)
+    agent.drop("tiny@1")
+    file = version.path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(bytes(data))
+    with pytest.raises(Corrupt, match=r"model\.safetensors: differs from its hash"):
+        agent.take("tiny@1", "replica")
+    assert agent.status()["bytes"] == 0
 
 
 def test_many_nodes_take_from_each_other_and_not_all_from_the_first(clock: Clock) -> None:

@@ -7,6 +7,7 @@ answers finish, and says with each answer which version gave it.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 import uuid
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from cluster.errors import JobError, RoundhouseError
+from cluster.errors import JobError, LibraryError, RoundhouseError
 from cluster.generation import Ask, Sampler
 from cluster.library.manifest import CARD, Facts
 from cluster.library.ref import CHAMPION, NEWEST
@@ -94,7 +95,8 @@ class Refresh:
         self._await(version.ref)
         for one in self._policies(library):
             if one.ref != version.ref:
-                library.remove(one.ref)  # nothing answers with it any more
+                with contextlib.suppress(LibraryError):  # somebody has built on it
+                    library.remove(one.ref)  # nothing answers with it any more
 
     def _policies(self, library: Library) -> list[Version]:
         """Return what this run has published to generate with, also before it was resumed.
