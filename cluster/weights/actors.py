@@ -155,16 +155,16 @@ def open_agent(node: str | None = None) -> Any:
 
 
 def agents() -> dict[str, Any]:
-    """Return the agents that exist, by their node."""
+    """Return the agents of nodes that are there, by their node."""
     import ray
     from ray.util import list_named_actors
 
-    found = {}
+    there, found = {told["NodeID"] for told in ray.nodes() if told["Alive"]}, {}
     for told in list_named_actors(all_namespaces=True):
-        name = told["name"]
-        if told["namespace"] == NAMESPACE and name.startswith(f"{DIRECTORY}-"):
+        name, node = told["name"], told["name"].removeprefix(f"{DIRECTORY}-")
+        if told["namespace"] == NAMESPACE and name != node and node in there:
             with contextlib.suppress(ValueError):  # it has just gone
-                found[name.removeprefix(f"{DIRECTORY}-")] = ray.get_actor(name, NAMESPACE)
+                found[node] = ray.get_actor(name, NAMESPACE)
     return found
 
 

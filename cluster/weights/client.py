@@ -5,7 +5,6 @@ The process must belong to a Ray cluster already.
 
 from __future__ import annotations
 
-import contextlib
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ClusterError
 from cluster.home import home
 from cluster.weights.actors import (
     CALL_S,
     MOVE_S,
     ObjectStore,
+    agents,
     asked,
     open_agent,
     open_directory,
@@ -127,10 +126,12 @@ def publish(
 
 def withdraw(ref: str) -> None:
     """Take a version off every node's shelf; who has loaded it keeps what it loaded."""
-    told = asked(open_directory().find.remote(ref), CALL_S)
+    told, known = asked(open_directory().find.remote(ref), CALL_S), agents()
     for node in [] if told is None else told[1]:
-        with contextlib.suppress(ClusterError):  # a node that is gone has it no more
-            asked(open_agent(node).drop.remote(ref), CALL_S)
+        if node in known:
+            asked(known[node].drop.remote(ref), CALL_S)
+        else:  # it is gone, and what it had with it
+            asked(open_directory().gone.remote(node), CALL_S)
 
 
 def withdraw_run(prefix: str) -> None:
