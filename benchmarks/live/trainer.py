@@ -19,7 +19,6 @@ from train_jobs.live import run_word
 
 STEPS = 3
 RUN_S = 900.0
-LIVE_S = 120.0
 CLIENTS = 2
 """That ask for a few tokens again and again, to see who answers."""
 DATA = ROOT / "train_jobs/data/demo/train.jsonl"

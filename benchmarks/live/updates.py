@@ -66,7 +66,7 @@ class Load:
                 said = [{"role": "user", "content": question}]
                 answer = await connection.ask(said, self.new_tokens)
                 self.answers.append((question, answer))
-            except Exception as error:
+            except Exception as error:  # whatever it is, a request was lost: that is counted
                 self.failures.append(f"{type(error).__name__}: {error}")
                 connection.close()
                 await asyncio.sleep(0.2)

@@ -8,6 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import typer
+from typer.testing import CliRunner
+
+from cluster.library.cli import register
+
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -50,3 +55,13 @@ def model(directory: Path, fill: int = 0) -> Path:
     (directory / "tokenizer.model").write_bytes(b"\x00\x01")
     (directory / "model.safetensors").write_bytes(safetensors({"w": 4, "v": 3}, fill))
     return directory
+
+
+def run(*arguments: str) -> str:
+    """Run a verb of ``roundhouse models``; what it prints. Its error is raised as it is."""
+    app = typer.Typer()
+    register(app)
+    result = CliRunner().invoke(app, ["models", *arguments])
+    if result.exception:
+        raise result.exception
+    return result.stdout

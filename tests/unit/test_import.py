@@ -14,18 +14,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from cluster.errors import LibraryError
 from cluster.library import importers
-from cluster.library.cli import register
 from cluster.library.importers import import_model
 from cluster.library.intake import inspect
 from cluster.library.manifest import Facts
 from cluster.library.source import parse_source
 from cluster.library.store import Library
-from tests.unit.library_fixtures import model, safetensors
+from tests.unit.library_fixtures import model, run, safetensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -366,15 +363,6 @@ def test_converter_that_fails_is_quoted_and_leaves_nothing(
     with pytest.raises(LibraryError, match="broken.gguf: cannot be converted: .*exit code"):
         import_model(library, str(tmp_path / "broken.gguf"))
     assert list((library.root / ".staging").iterdir()) == []
-
-
-def run(*arguments: str) -> str:
-    app = typer.Typer()
-    register(app)
-    result = CliRunner().invoke(app, ["models", *arguments])
-    if result.exception:
-        raise result.exception
-    return result.stdout
 
 
 def test_verbs_from_import_to_rm(source: Path, tmp_path: Path) -> None:

@@ -11,16 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from cluster.errors import ConfigError, LibraryError
 from cluster.library import disk, garbage, layout
-from cluster.library.cli import register
 from cluster.library.garbage import collect, retire, unneeded
 from cluster.library.manifest import MANIFEST, Facts, Lineage
 from cluster.library.store import Library
-from tests.unit.library_fixtures import model
+from tests.unit.library_fixtures import model, run
 
 
 @pytest.fixture
@@ -175,15 +172,6 @@ def test_what_somebody_has_begun_to_need_stays_and_says_why(family: Library) -> 
     gone, [stayed] = retire(family, old)
     assert [one.where for one in gone] == ["tiny@6"]
     assert "tiny@5: @canary points to it" in stayed
-
-
-def run(*arguments: str) -> str:
-    app = typer.Typer()
-    register(app)
-    result = CliRunner().invoke(app, ["models", *arguments])
-    if result.exception:
-        raise result.exception
-    return result.stdout
 
 
 def test_the_verb_says_what_and_how_many_bytes(library: Library, source: Path) -> None:

@@ -11,19 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from fsspec.implementations.memory import MemoryFileSystem
-from typer.testing import CliRunner
 
 from cluster.errors import Conflict, Corrupt, LibraryError, NotEnough, UnknownModel
 from cluster.library import disk, remote
-from cluster.library.cli import register
 from cluster.library.manifest import MANIFEST, Facts, FileEntry, Manifest
 from cluster.library.mirror import pull, push
 from cluster.library.ref import Ref
 from cluster.library.remote import Remote
 from cluster.library.store import Library, Version
-from tests.unit.library_fixtures import model, safetensors
+from tests.unit.library_fixtures import model, run, safetensors
 
 
 def quiet(_: str) -> None:
@@ -378,15 +375,6 @@ def test_a_manifest_says_the_same_in_bytes_and_in_a_file(library: Library) -> No
     raw = (version.path / MANIFEST).read_bytes()
     assert isinstance(version.manifest, Manifest)
     assert remote.parse_manifest(raw) == version.manifest
-
-
-def run(*arguments: str) -> str:
-    app = typer.Typer()
-    register(app)
-    result = CliRunner().invoke(app, ["models", *arguments])
-    if result.exception:
-        raise result.exception
-    return result.stdout
 
 
 def test_the_verbs_push_list_and_pull(url: str, tmp_path: Path) -> None:

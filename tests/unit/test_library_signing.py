@@ -10,18 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from typer.testing import CliRunner
 
 from cluster.errors import Conflict, Corrupt, LibraryError
 from cluster.library import signatures
-from cluster.library.cli import register
 from cluster.library.garbage import collect
 from cluster.library.manifest import MANIFEST, Facts
 from cluster.library.store import Library
-from tests.unit.library_fixtures import model
+from tests.unit.library_fixtures import model, run
 
 PEM = serialization.Encoding.PEM
 
@@ -228,15 +225,6 @@ def test_what_is_damaged_is_not_signed_and_a_signature_goes_with_its_version(
     path.write_text("{}")  # where a removal was killed
     assert [one.where for one in collect(library)] == ["models/tiny/signatures/2.sig"]
     assert collect(library) == []
-
-
-def run(*arguments: str) -> str:
-    app = typer.Typer()
-    register(app)
-    result = CliRunner().invoke(app, ["models", *arguments])
-    if result.exception:
-        raise result.exception
-    return result.stdout
 
 
 def test_the_verbs_sign_and_verify(library: Library, key: Path, public: Path) -> None:

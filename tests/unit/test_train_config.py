@@ -259,6 +259,12 @@ def test_deepspeed_is_told_everything_it_would_otherwise_assume(config: Path) ->
     assert rendered["zero_optimization"]["stage"] == 2
 
 
+def test_TC06_gradients_are_averaged_and_nobody_can_ask_for_a_sum(config: Path) -> None:
+    assert "gradient_allreduce_op" not in plan.resolve(config).deepspeed("float32", on_gpu=False)
+    with pytest.raises(ConfigError, match="unknown key 'gradient_allreduce_op'"):
+        plan.resolve(config, ["gradient_allreduce_op=sum"])
+
+
 def test_a_timed_run_publishes_nothing_and_goes_on_with_nothing(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
