@@ -277,10 +277,10 @@ def read_model(
         narrow = device.type == "cpu" and ranks == 1 and quantization == "none"
         read_as = _read_as(config, dtype, state) if narrow else dtype
         if state is None:
-            loader, given = AutoModelForCausalLM, {}
+            model_class, given = AutoModelForCausalLM, {}
         else:
-            loader, given = _class_of(config), {"state_dict": dict(state)}
-        module = loader.from_pretrained(
+            model_class, given = _class_of(config), {"state_dict": dict(state)}
+        module = model_class.from_pretrained(
             None if state else path,
             config=config,
             dtype=read_as,

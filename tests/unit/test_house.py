@@ -110,11 +110,25 @@ def test_TC26_every_model_load_names_its_dtype() -> None:
         (path, call)
         for path in SOURCES
         for call in loader_calls(path)
-        if "Model" in ast.unparse(call.func)
+        if "model" in ast.unparse(call.func).lower()
     ]
     assert calls, "the rule must have something to look at"
     for path, call in calls:
         assert "dtype" in {word.arg for word in call.keywords}, f"{ids(path)}:{call.lineno}"
+
+
+def test_TC35_nothing_trains_through_the_trainer_that_drops_deepspeed_on_a_cpu() -> None:
+    """On a CPU accelerate ignores a DeepSpeed configuration without a word."""
+    imported = [
+        (path, name.name)
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").split(".")[0] in {"transformers", "accelerate", "trl"}
+        for name in node.names
+    ]
+    assert imported, "the rule must have something to look at"
+    assert [one for one in imported if "Trainer" in one[1] or one[1] == "Accelerator"] == []
 
 
 def classes() -> list[type[RoundhouseError]]:
