@@ -126,9 +126,11 @@ class ServeSampler:
 
                 connect(current())
             try:
-                self._handle = serve.get_deployment_handle(
-                    DEPLOYMENT, app_name=f"model-{self.name}"
-                )
+                handle = serve.get_deployment_handle(DEPLOYMENT, app_name=f"model-{self.name}")
+                # the cluster's processes route on their own event loop (`serve_apps.render`); a
+                # trainer has none, and waits
+                handle._init(_run_router_in_separate_loop=True)
+                self._handle = handle
             except RayServeException:
                 raise ClusterError(
                     f"nothing is served on this cluster; `roundhouse deploy CONFIG` with a model "
