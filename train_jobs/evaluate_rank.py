@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -175,4 +176,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from train_jobs.local import end
+
+    faulthandler.enable()
+    end(main(sys.argv[1:]))

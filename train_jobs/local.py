@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from cluster.package import code_root
 from train_jobs.group import Place, free_address
@@ -76,7 +78,9 @@ class LocalRanks:
         code = self.ranks[number].returncode
         last = text.splitlines()[-1] if text else f"exit code {code}"
         if code is not None and code < 0:
-            last = f"it was ended by {signal.Signals(-code).name}, by somebody or for its memory"
+            said = f"; its last words: {last}" if text else ""
+            name = signal.Signals(-code).name
+            last = f"it was ended by {name}, by somebody or for its memory{said}"
         return f"run {self.run.id}: rank {number} failed: {last}\n{self._whole(number)}"
 
     def _whole(self, number: int) -> str:
@@ -118,6 +122,18 @@ def die_with_parent() -> None:
         prctl(pr_set_pdeathsig, int(signal.SIGTERM))
 
 
+def end(code: int) -> NoReturn:
+    """End a rank whose work is written down, without taking the interpreter apart.
+
+    Gloo's threads let go of the last collective's tensors whenever they get to it. Where that is
+    after Python has begun to finish, they cannot take its lock, and the whole process aborts
+    (pytorch pull request 179291): a rank that had done all of its work counted as one that failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main(argv: list[str]) -> int:
     """Be one rank: ``RUN_FOLDER RANK SIZE HOST:PORT [resume]``."""
     from cluster.errors import RoundhouseError
@@ -136,4 +152,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    faulthandler.enable()  # a native fault leaves its stack in the rank's log
+    end(main(sys.argv[1:]))
