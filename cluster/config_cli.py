@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Names, so that listing them loads none; resolved when asked for, on this side of no import.
 SCHEMAS = {
     "cluster": "cluster.manifests.schema:ClusterConfig",
+    "releases": "serve_apps.release_config:ReleasePolicy",
     "serve": "serve_apps.config:ServeConfig",
     "train": "train_jobs.config:FinetuneConfig",
 }

@@ -92,17 +92,22 @@ class ServedGateway:
         from cluster.meter import RayMeter
         from cluster.metrics import GATEWAY as METRICS
         from serve_apps.gateway.app import Gateway
+        from serve_apps.gateway.counting import hand_on
         from serve_apps.gateway.metering import HttpMeter
         from serve_apps.gateway.samples import Samples, node_export
         from serve_apps.gateway.serve_backend import ServeBackend
+        from serve_apps.gateway.traffic import Traffic
         from serve_apps.releases_actor import RemoteReleases, renew_releases
 
         await renew_releases(revision)
         self._keys = KeyStore(keys_dir())
-        self._backend = ServeBackend(RemoteReleases(revision))
-        self._gateway = Gateway(self._backend, Limits(), samples=Samples(node_export))
+        releases, traffic = RemoteReleases(revision), Traffic()
+        self._backend = ServeBackend(releases)
+        samples = Samples(node_export)
+        self._gateway = Gateway(self._backend, Limits(), samples=samples, traffic=traffic)
         self._meter = HttpMeter(RayMeter(METRICS))
         self._following = asyncio.create_task(self._backend.follow())
+        self._counting = asyncio.create_task(hand_on(traffic, releases))
 
     def __serve_build_asgi_app__(self) -> Any:
         from serve_apps.gateway.app import make_app
@@ -117,8 +122,9 @@ class ServedGateway:
 
     async def check_health(self) -> None:
         """Raise when the gateway has stopped following releases."""
-        if self._following.done():
-            raise RuntimeError(f"releases are not followed any more: {self._following}")
+        for task in (self._following, self._counting):
+            if task.done():
+                raise RuntimeError(f"releases are not followed any more: {task}")
 
 
 def build(args: BuildArgs) -> serve.Application:

@@ -1,4 +1,4 @@
-"""The serving verbs of ``roundhouse``: deploy, undeploy, promote, rollback, chat."""
+"""The serving verbs of ``roundhouse``: deploy, undeploy, promote, rollback, release, chat."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from cluster import console
 from cluster.options import AsJson, DryRun, Name, complete_ref, complete_version
+from serve_apps.release_cli import release_app
 
 if TYPE_CHECKING:
     from cluster.session import Cluster
@@ -26,6 +27,7 @@ def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     for verb in (deploy, undeploy, promote, rollback, chat):
         app.command()(verb)
+    app.add_typer(release_app, name="release")
 
 
 def deploy(
@@ -92,17 +94,23 @@ def promote(
         ),
     ],
     alias: Alias = None,
+    pace: Annotated[
+        str, typer.Option(help="Replicas that load at once: all, one, or surge, as memory allows.")
+    ] = "all",
     timeout: Timeout = 180.0,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Put a version live without dropping a request: load it everywhere, then move the alias."""
     console.use_json(as_json)
+    from cluster.errors import ConfigError
     from cluster.library.store import Library
-    from serve_apps.promote import wanted
+    from serve_apps.promote import PACES, wanted
 
+    if pace not in PACES:
+        raise ConfigError(f"--pace {pace!r:.20}: one of {', '.join(PACES)}")
     library = Library()
-    _move(wanted(ref, alias, library), None, "promote", timeout, dry_run)
+    _move(wanted(ref, alias, library), None, "promote", timeout, dry_run, pace)
 
 
 def rollback(
@@ -154,7 +162,14 @@ def chat(
         talk(endpoint, chosen, options)
 
 
-def _move(move: Move, expected: int | None, by: str, timeout: float, dry_run: bool) -> None:
+def _move(
+    move: Move,
+    expected: int | None,
+    by: str,
+    timeout: float,
+    dry_run: bool,
+    pace: str = "all",
+) -> None:
     from cluster.library.ref import CHAMPION
     from cluster.library.store import Library
     from serve_apps.promote import carry_out
@@ -166,7 +181,7 @@ def _move(move: Move, expected: int | None, by: str, timeout: float, dry_run: bo
         console.out(f"would move {step}")
     else:
         console.out(step)
-        live = carry_out(move, expected, timeout, by, Library(), console.out)
+        live = carry_out(move, expected, timeout, by, Library(), console.out, pace)
         if live:
             console.out(f"{move.name}@{move.to} answers")
     console.result(

@@ -15,6 +15,8 @@ POLL_S = 0.5
 GRACE_S = 15.0
 """Beyond the promotion's own bound, for an answer that is on its way."""
 
+PACES = ("all", "one", "surge")
+
 Say = Callable[[str], None]
 
 
@@ -56,7 +58,13 @@ def previous(name: str, alias: str | None, library: Library) -> Move:
 
 
 def carry_out(
-    move: Move, expected: int | None, timeout_s: float, by: str, library: Library, say: Say
+    move: Move,
+    expected: int | None,
+    timeout_s: float,
+    by: str,
+    library: Library,
+    say: Say,
+    pace: str = "all",
 ) -> bool:
     """Do it; return whether a running model answers with it now.
 
@@ -76,7 +84,7 @@ def carry_out(
 
     if move.name not in ray.get(actor.names.remote(), timeout=GRACE_S):
         return _only_the_alias(move, by, library, say, "it is not deployed")
-    asked = actor.promote.remote(move.name, move.to, move.alias, expected, timeout_s, by)
+    asked = actor.promote.remote(move.name, move.to, move.alias, expected, timeout_s, by, pace)
     until, told = time.monotonic() + timeout_s + GRACE_S, ""
     while True:
         try:

@@ -38,6 +38,26 @@ class Report:
     """Adapters that it can answer with, and the held version that each adds to."""
     adapters_active: tuple[str, ...] = ()
     """Of these the ones that answer for their bare names."""
+    node: str = ""
+    """The machine that it runs on,"""
+    free_bytes: int | None = None
+    """and the memory free there, roughly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A version that answers a share of what names no version, while its release runs."""
+
+    release: str
+    """Which release; nobody's side depends on the sides of another."""
+    version: str
+    champion: str
+    """What answers the rest."""
+    percent: float = 0.0
+    sticky: str = "none"
+    """``user``, ``session`` or ``none``: what keeps requests on one side."""
+    shadow_percent: float = 0.0
+    shadow_concurrent: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +78,7 @@ class Served:
     """Of an adapter, the deployed model that answers for it."""
     bases: Mapping[str, str] = field(default_factory=dict)
     """Of an adapter's versions, what each adds to."""
+    canary: Canary | None = None
 
     @property
     def model(self) -> str:

@@ -12,14 +12,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Protocol
 
 from cluster.errors import Conflict, LibraryError, ReleaseError, RoundhouseError
 from cluster.library.ref import CHAMPION, NEWEST, Ref
-from cluster.library.store import Library
+from cluster.library.releases import Release
+from cluster.library.store import Library, Version
 from serve_apps.adapter_policy import adapters_of, after_reading
+from serve_apps.release_config import Pace, ReleasePolicy
+from serve_apps.release_control import Asker, Conductor
+from serve_apps.release_counts import Counts
 from serve_apps.release_policy import (
     LIVE_S,
     WATCH_S,
@@ -34,7 +38,12 @@ from serve_apps.release_policy import (
     after_load,
     after_swap,
 )
+from serve_apps.rollout import bytes_of, granted, turns
 
+MOVE_S = 180.0
+"""Bound of the promotion at the end of a release."""
+CANDIDATE = "candidate"
+"""The alias of what a release tries; it also keeps the version from being removed."""
 AWAY_S = 1.0
 """Pause before the shelf is asked again after it did not answer."""
 
@@ -57,6 +66,10 @@ class _Model:
     seen_s: dict[str, float]
     target: str | None = None
     progress: str = ""
+    allowed: set[str] | None = None
+    """Replicas that may hold the target; ``None``: all."""
+    flipped: set[str] = field(default_factory=set)
+    """Replicas that answer with the target before the alias has moved."""
 
 
 class Releases:
@@ -72,8 +85,12 @@ class Releases:
         revision: str = "",
         clock: Callable[[], float] = time.monotonic,
         shelf: Shelf | None = None,
+        asker: Asker | None = None,
     ) -> None:
-        """``shelf`` tells of versions that running jobs have put there."""
+        """``shelf`` tells of versions that running jobs have put there.
+
+        ``asker`` answers golden prompts.
+        """
         self._library, self._shelf = library or Library(), shelf
         self._newest: dict[str, str] = {}
         self._following: asyncio.Task[None] | None = None
@@ -82,6 +99,7 @@ class Releases:
         self._models: dict[str, _Model] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._changed = asyncio.Event()
+        self._conductor = Conductor(self._library, self, asker, clock)
 
     async def revision(self) -> str:
         """Return the hash of the code that this actor runs."""
@@ -98,9 +116,9 @@ class Releases:
             self._following = asyncio.create_task(self._follow(self._shelf))
         await self.report(name, alias, replica, report)
         until = self._clock() + WATCH_S
-        while (order := self._order(name, alias)) == have:
+        while (order := self._order(name, alias, replica)) == have:
             # one that left meanwhile must not be brought back by its last question
-            if not await self._wait(until) or name not in self._models:
+            if not await self.wait(until) or name not in self._models:
                 break
         return order
 
@@ -110,21 +128,22 @@ class Releases:
         model.seen_s[replica] = self._clock()
         if model.reports.get(replica) != report:
             model.reports[replica] = report
-            self._tell()
+            self.changed()
 
     async def leave(self, name: str, replica: str) -> None:
         """Forget a replica that shuts down."""
+        self._conductor.left(name, replica)
         if (model := self._models.get(name)) and model.reports.pop(replica, None) is not None:
             model.seen_s.pop(replica, None)
             if not model.reports and model.target is None:
                 del self._models[name]  # undeployed; a crash says no goodbye
-            self._tell()
+            self.changed()
 
     async def snapshot(self, have: Snapshot | None = None) -> Snapshot:
         """Return what gateways need about every model, once it differs from ``have``."""
         until = self._clock() + WATCH_S
         while (now := self._snapshot()) == have:
-            if not await self._wait(until):
+            if not await self.wait(until):
                 break
         return now
 
@@ -137,6 +156,54 @@ class Releases:
         model = self._models.get(name)
         return model.progress if model else ""
 
+    async def start_release(
+        self, name: str, number: int, policy: ReleasePolicy, by: str
+    ) -> Release:
+        """Begin to put ``name@number`` in the champion's place, step by step.
+
+        Raises ReleaseError where that cannot be, Conflict while another release runs.
+        """
+        candidate = self._library.get(name, number)
+        model = self._models.get(name)
+        if model is None:
+            kind = "an adapter: promote it" if name in self._served() else "not deployed"
+            raise ReleaseError(f"{name} is {kind}; a release needs replicas that answer for it")
+        champion = self._library.aliases(name).get(model.alias)
+        if champion is None:
+            raise ReleaseError(
+                f"{name}@{model.alias} points to nothing; `roundhouse promote {name}@N` first"
+            )
+        if champion == number:
+            raise ReleaseError(f"{candidate.ref} is {name}@{model.alias} already")
+        if model.alias == CANDIDATE:
+            raise ReleaseError(f"{name} is deployed as @{CANDIDATE}, which a release moves itself")
+        async with self._lock(name):
+            self._conductor.check(name, policy)
+            self._swap(name, CANDIDATE, number, self._library.aliases(name).get(CANDIDATE), by)
+            release = self._conductor.start(name, model.alias, champion, number, policy, by)
+        self.changed()
+        return release
+
+    async def stop_release(self, name: str, by: str) -> Release:
+        """Roll a release back at once; ReleaseError where none runs."""
+        return self._conductor.stop(name, by)
+
+    async def approve_release(self, name: str, by: str) -> Release:
+        """Let a release pass whose figures are missing or unclear; ReleaseError where none runs."""
+        return self._conductor.approve(name, by)
+
+    async def release_waits_for(self, name: str) -> str:
+        """Say what the release of a model waits for; empty where none runs."""
+        return self._conductor.waits_for(name)
+
+    async def count(self, counts: Mapping[str, Mapping[str, Counts]]) -> None:
+        """Take what a gateway has counted, by release and version."""
+        self._conductor.count(counts)
+
+    async def move(self, name: str, number: int, alias: str, expected: int, by: str) -> None:
+        """See :class:`serve_apps.release_control.Stage`."""
+        await self._promote(name, number, alias, expected, MOVE_S, by, "all")
+
     async def promote(
         self,
         name: str,
@@ -145,13 +212,32 @@ class Releases:
         expected: int | None = None,
         timeout_s: float = 120.0,
         by: str = "promote",
+        pace: Pace = "all",
     ) -> int | None:
         """Make ``name@number`` what ``alias`` means and what answers; return the number before.
 
         ``alias`` is by default the one that the model is deployed with; ``expected`` the version
         it must point at now. Raises ReleaseError when a replica cannot load the target, when
         ``timeout_s`` is over, or when the alias moved meanwhile; the alias then stays as it is.
+        ``pace`` other than ``all``: replicas load it and answer with it in turns, and go back when
+        one of them cannot; the alias moves at the end.
         """
+        if release := self._conductor.running(name):
+            raise ReleaseError(
+                f"a release of {release.ref} runs; `roundhouse release stop {name}` ends it"
+            )
+        return await self._promote(name, number, alias, expected, timeout_s, by, pace)
+
+    async def _promote(
+        self,
+        name: str,
+        number: int,
+        alias: str | None,
+        expected: int | None,
+        timeout_s: float,
+        by: str,
+        pace: Pace,
+    ) -> int | None:
         target = self._library.get(name, number)
         model = self._models.get(name)
         if model is None and (served := self._served().get(name)):
@@ -169,20 +255,43 @@ class Releases:
                 )
             if model is None or alias != model.alias:
                 self._swap(name, alias, number, now, by)
-                self._tell()
+                self.changed()
                 return now
             until = self._clock() + timeout_s
             try:
                 model.target = target.ref
-                self._tell()
-                await self._until(model, name, after_load, target.ref, until, timeout_s)
+                model.allowed = None if pace == "all" else set()
+                self.changed()
+                if pace == "all":
+                    await self._until(model, name, after_load, target.ref, until, timeout_s)
+                else:
+                    await self._in_turns(model, target, pace, until, timeout_s)
                 self._swap(name, alias, number, now, by)
-                self._tell()
+                self.changed()
                 await self._until(model, name, after_swap, target.ref, until, timeout_s)
             finally:
-                model.target, model.progress = None, ""
-                self._tell()
+                model.target, model.progress, model.flipped = None, "", set()
+                self.changed()
             return now
+
+    async def _in_turns(
+        self, model: _Model, target: Version, pace: Pace, until: float, timeout_s: float
+    ) -> None:
+        """Have replicas load the target and answer with it, as many at once as ``pace`` says."""
+        known: set[str] = set()
+        need = bytes_of(target.manifest.architecture.parameters)
+
+        def decide(ref: str, replicas: Mapping[str, Report]) -> Decision:
+            done = {who for who, report in replicas.items() if report.active == ref}
+            may = granted(pace, ref, replicas, model.allowed or (), need, done)
+            flipped = {who for who in may if ref in replicas[who].held}
+            known.update(replicas)
+            if (may, flipped) != (model.allowed, model.flipped):
+                model.allowed, model.flipped = may, flipped
+                self.changed()
+            return turns(ref, replicas, known, flipped)
+
+        await self._until(model, target.name, decide, target.ref, until, timeout_s)
 
     async def _promote_adapter(
         self, served: Served, ref: str, alias: str, expected: int | None, timeout_s: float, by: str
@@ -200,7 +309,7 @@ class Releases:
                 model = self._models[served.app]
                 await self._until(model, served.app, after_reading, ref, until, timeout_s)
             self._swap(name, alias, number, now, by)
-            self._tell()
+            self.changed()
             return now
 
     async def _follow(self, shelf: Shelf) -> None:
@@ -214,7 +323,7 @@ class Releases:
                 continue
             if newest != self._newest:
                 self._newest = newest
-                self._tell()
+                self.changed()
 
     async def _until(
         self,
@@ -228,7 +337,7 @@ class Releases:
         moved = decide is after_swap
         state = "its alias has moved" if moved else "nothing changed"
         while True:
-            match decide(target, self._live(name)):
+            match decide(target, self.live(name)):
                 case Go():
                     return
                 case GiveUp(reason):
@@ -240,7 +349,7 @@ class Releases:
                             f"{why}, still so after {timeout_s:g} s (--timeout); {state}"
                         )
             # a replica that dies makes no sound: look again before the bound
-            await self._wait(min(until, self._clock() + 1.0))
+            await self.wait(min(until, self._clock() + 1.0))
 
     def _swap(self, name: str, alias: str, to: int, expected: int | None, by: str) -> None:
         if to == expected:
@@ -250,9 +359,13 @@ class Releases:
         except Conflict as error:
             raise ReleaseError(f"{error}; nothing changed") from None
 
-    def _order(self, name: str, alias: str) -> Order:
+    def _order(self, name: str, alias: str, replica: str) -> Order:
         model = self._model(name, alias)
-        return Order(self._active(name, alias), model.target)
+        if model.target and replica in model.flipped:
+            return Order(model.target)
+        if model.target and (model.allowed is None or replica in model.allowed):
+            return Order(self._active(name, alias), model.target)
+        return Order(self._active(name, alias), self._conductor.candidate(name, replica))
 
     def _active(self, name: str, alias: str) -> str | None:
         """Return the version that the library's record says; it may be moved by hand, too."""
@@ -266,8 +379,11 @@ class Releases:
             log.warning("%s@%s: %s", name, alias, error)
             return None
 
-    def _live(self, name: str) -> dict[str, Report]:
-        model = self._models[name]
+    def live(self, name: str) -> dict[str, Report]:
+        """Return the replicas of a model that have asked lately, and what they reported."""
+        model = self._models.get(name)
+        if model is None:
+            return {}
         now = self._clock()
         for replica in [r for r, seen in model.seen_s.items() if now - seen > LIVE_S]:
             del model.reports[replica], model.seen_s[replica]
@@ -279,7 +395,7 @@ class Releases:
     def _served(self) -> dict[str, Served]:
         served = {}
         for name, model in self._models.items():
-            reports = self._live(name).values()
+            reports = self.live(name).values()
             if not reports:
                 continue
             active = tuple(sorted({r.active for r in reports if r.active}))
@@ -290,6 +406,7 @@ class Releases:
                 live=tuple(sorted({held for r in reports for held in r.held})),
                 aliases=self._aliases(name),
                 created=self._created(active[-1]) if active else 0,
+                canary=self._conductor.canary(name),
             )
         return self._adapters(served) | served  # a deployed model goes before an adapter
 
@@ -297,7 +414,7 @@ class Releases:
         return {
             one.name: replace(one, aliases=self._aliases(one.name), created=self._created(ref))
             for model in models
-            for one in adapters_of(model, self._live(model).values(), self._active_adapter)
+            for one in adapters_of(model, self.live(model).values(), self._active_adapter)
             for ref in one.active
         }
 
@@ -324,18 +441,22 @@ class Releases:
             return 0
 
     def _model(self, name: str, alias: str) -> _Model:
-        model = self._models.setdefault(name, _Model(alias, {}, {}))
+        if name not in self._models:
+            self._models[name] = _Model(alias, {}, {})
+            self._conductor.resume(name)
+        model = self._models[name]
         model.alias = alias
         return model
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
 
-    def _tell(self) -> None:
+    def changed(self) -> None:
+        """Have everybody who waits look again."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    async def _wait(self, until: float) -> bool:
+    async def wait(self, until: float) -> bool:
         """Wait for the next change; return whether there was one before ``until``.
 
         Nothing is missed between a look and this call: it takes the event before it suspends.

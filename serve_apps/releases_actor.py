@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.errors import RoundhouseError
+from serve_apps.release_config import Golden
+from serve_apps.release_counts import Counts
 from serve_apps.release_policy import WATCH_S, Order, Report, Snapshot
 from serve_apps.releases import Releases
 
@@ -24,7 +26,7 @@ class ClusterReleases(Releases):
     """What Ray runs: releases that follow the cluster's shelf."""
 
     def __init__(self, revision: str) -> None:
-        super().__init__(revision=revision, shelf=ClusterShelf())
+        super().__init__(revision=revision, shelf=ClusterShelf(), asker=ClusterAsker())
 
 
 class ClusterShelf:
@@ -43,6 +45,22 @@ class ClusterShelf:
         except (ray.exceptions.RayError, TimeoutError) as error:
             raise ReleasesAway(f"the shelf's directory did not answer: {error}") from None
         return newest
+
+
+class ClusterAsker:
+    """Asks a model as the gateway does, and a version of it by name."""
+
+    def __init__(self) -> None:
+        self._backend: Any = None
+
+    async def ask(self, name: str, version: str, golden: Golden) -> str:
+        """See :class:`serve_apps.release_control.Asker`."""
+        from serve_apps.gateway.serve_backend import Nobody, ServeBackend
+        from serve_apps.golden import asked
+
+        if self._backend is None:
+            self._backend = ServeBackend(Nobody())
+        return await asked(self._backend, name, version, golden)
 
 
 def open_releases(revision: str) -> Any:
@@ -124,6 +142,10 @@ class RemoteReleases:
         """See :meth:`Releases.snapshot`."""
         snapshot: Snapshot = await self._call("snapshot", have)
         return snapshot
+
+    async def count(self, counts: Mapping[str, Mapping[str, Counts]]) -> None:
+        """See :meth:`Releases.count`."""
+        await self._call("count", counts)
 
     async def _call(self, method: str, *args: Any) -> Any:
         import ray

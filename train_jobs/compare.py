@@ -11,20 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import ConfigError
-from cluster.library.evaluations import Evaluation
+from cluster.library.evaluations import HIGHER_IS_BETTER, LOWER_IS_BETTER, Evaluation
 from train_jobs.metrics.bootstrap import Difference, Score, differences
 from train_jobs.outcome import Outcome
-
-LOWER_IS_BETTER = frozenset(
-    {"loss", "perplexity", "pseudo_perplexity", "calibration_error", "mse", "nll", "divergence"}
-)
-HIGHER_IS_BETTER = frozenset(
-    {
-        *("accuracy", "token_accuracy", "next_sentence_accuracy", "entity_f1", "f1_macro"),
-        *("f1_micro", "matthews", "exact_match", "bleu", "chrf", "rouge_l", "pearson", "spearman"),
-        *("margin", "reward"),
-    }
-)
 
 
 @dataclass(frozen=True)

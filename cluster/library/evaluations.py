@@ -25,6 +25,16 @@ from cluster.library.disk import explained, locked, write_durably
 
 KEPT = 100_000
 """Examples whose outcomes are stored; of more, the first."""
+LOWER_IS_BETTER = frozenset(
+    {"loss", "perplexity", "pseudo_perplexity", "calibration_error", "mse", "nll", "divergence"}
+)
+HIGHER_IS_BETTER = frozenset(
+    {
+        *("accuracy", "token_accuracy", "next_sentence_accuracy", "entity_f1", "f1_macro"),
+        *("f1_micro", "matthews", "exact_match", "bleu", "chrf", "rouge_l", "pearson", "spearman"),
+        *("margin", "reward"),
+    }
+)
 
 
 class Figure(Frozen):

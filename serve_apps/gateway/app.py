@@ -25,6 +25,7 @@ from serve_apps.gateway.replies import Reply, frame
 from serve_apps.gateway.samples import CONTENT_TYPE, Samples
 from serve_apps.gateway.schemas import ChatRequest, Common, CompletionRequest
 from serve_apps.gateway.stream import EventStream, unless_gone
+from serve_apps.gateway.traffic import Choice, Traffic
 from serve_apps.release_policy import Served, resolve, served_id
 
 
@@ -38,10 +39,12 @@ class Gateway:
         clock: Callable[[], float] = time.time,
         new_id: Callable[[], str] = lambda: secrets.token_hex(12),
         samples: Samples | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         """Without ``samples`` nothing answers under ``/metrics``."""
         self._backend, self.limits, self._samples = backend, limits, samples
         self._clock, self._new_id = clock, new_id
+        self._traffic = traffic or Traffic()
 
     async def healthz(self) -> Response:
         """Say that this process answers."""
@@ -73,11 +76,13 @@ class Gateway:
     async def chat(self, request: Request) -> Response:
         """Answer ``POST /v1/chat/completions``."""
         limits = self.limits
-        body = wire.parse(await read_object(request.scope, request.receive, limits), ChatRequest)
+        given = await read_object(request.scope, request.receive, limits)
+        body = wire.parse(given, ChatRequest)
         served, version = resolve(body.model, self._backend.served())
+        choice = self._choose(request, body, given, served, version)
         name, salt = f"chatcmpl-{self._new_id()}", request.state.salt
         call = wire.chat_call(body, name, version, limits, salt)
-        return await self._reply(request, body, call, served, limits)
+        return await self._reply(request, body, call, served, limits, choice)
 
     async def completions(self, request: Request) -> Response:
         """Answer ``POST /v1/completions``."""
@@ -85,12 +90,32 @@ class Gateway:
         given = await read_object(request.scope, request.receive, limits)
         body = wire.parse(given, CompletionRequest)
         served, version = resolve(body.model, self._backend.served())
+        choice = self._choose(request, body, given, served, version)
         name, salt = f"cmpl-{self._new_id()}", request.state.salt
         call = wire.completion_call(body, name, version, limits, salt)
-        return await self._reply(request, body, call, served, limits)
+        return await self._reply(request, body, call, served, limits, choice)
+
+    def _choose(
+        self,
+        request: Request,
+        body: Common,
+        given: dict[str, Any],
+        served: Served,
+        version: str | None,
+    ) -> Choice | None:
+        if served.canary is None:
+            return None
+        tenant = request.state.salt
+        return self._traffic.choose(served, body.model, version, given, request.headers, tenant)
 
     async def _reply(
-        self, request: Request, body: Common, call: Call, served: Served, limits: Limits
+        self,
+        request: Request,
+        body: Common,
+        call: Call,
+        served: Served,
+        limits: Limits,
+        choice: Choice | None,
     ) -> Response:
         reply = Reply(
             chat=call.messages is not None,
@@ -102,7 +127,10 @@ class Gateway:
             include_usage=body.include_usage,
             always_usage=body.usage_in_every_chunk,
         )
-        stream = events(self._backend, served.model, call, limits)
+        if choice is None:
+            stream = events(self._backend, served.model, call, limits)
+        else:
+            stream = self._traffic.events(self._backend, served, call, limits, choice)
         if not body.stream:
             await unless_gone(request.receive, _collect(stream, reply))
             headers = {"content-type": "application/json", **_headers(reply.version, served)}

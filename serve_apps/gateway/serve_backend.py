@@ -24,6 +24,14 @@ class Snapshots(Protocol):
         """Return what is live, once it differs from ``have`` or a bounded time has passed."""
 
 
+class Nobody:
+    """Says that no model is served: for whoever asks by name and version alone."""
+
+    async def snapshot(self, have: Snapshot | None = None) -> Snapshot:
+        """See :class:`Snapshots`."""
+        return Snapshot({}, settled=True)
+
+
 class ServeBackend:
     """See :class:`serve_apps.gateway.backend.Backend`. ``follow`` runs as long as the gateway."""
 

@@ -13,12 +13,14 @@ from cluster.config import Frozen, dump, load, schema_json
 from cluster.errors import ConfigError
 from cluster.manifests.schema import ClusterConfig
 from serve_apps.config import ModelConfig, ServeConfig
+from serve_apps.release_config import ReleasePolicy
 from train_jobs.config import FinetuneConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 SCHEMAS: dict[str, type[Frozen]] = {
     "cluster": ClusterConfig,
+    "releases": ReleasePolicy,
     "serve": ServeConfig,
     "train": FinetuneConfig,
 }

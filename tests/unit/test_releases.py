@@ -128,7 +128,7 @@ async def test_a_promotion_that_takes_too_long_says_what_it_waited_for(library: 
     with pytest.raises(ReleaseError, match=r"0 of 1 replicas, still so after 0\.05 s.*nothing"):
         await releases.promote("tiny", 2, timeout_s=0.05)
     assert library.aliases("tiny") == {"champion": 1}
-    assert releases._order("tiny", "champion") == Order(OLD, None)
+    assert releases._order("tiny", "champion", "r0") == Order(OLD, None)
 
 
 async def test_a_dead_replica_is_not_waited_for_longer_than_it_takes_to_notice(

@@ -221,7 +221,7 @@ async def test_RC04_rollback_while_the_old_version_still_drains(tmp_path: Path) 
 async def test_an_alias_moved_by_hand_is_followed(tmp_path: Path) -> None:
     async with stage(tmp_path) as s:
         s.library.move_alias("tiny", "champion", 2, 1, "hand")
-        s.releases._tell()
+        s.releases.changed()
         await until(lambda: s.engines[0]._active == "tiny@2", "it follows")
 
 
