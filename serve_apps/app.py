@@ -40,6 +40,7 @@ class ServedReplica:
 
     async def __init__(self, config: dict[str, Any], revision: str) -> None:  # type: ignore[misc]
         """Start the engine and load the version that answers; Serve awaits constructors."""
+        from cluster import logs
         from cluster.library.store import Library
         from cluster.meter import RayMeter
         from cluster.metrics import REPLICA as METRICS
@@ -48,6 +49,7 @@ class ServedReplica:
         from serve_apps.replica import Replica
         from serve_apps.shelf import NodeShelf
 
+        logs.speak()
         model = ModelConfig.model_validate(config)
         who = serve.get_replica_context().replica_id.unique_id
         board = RemoteReleases(revision)
@@ -87,6 +89,7 @@ class ServedGateway:
 
     async def __init__(self, revision: str) -> None:  # type: ignore[misc]
         """Make sure that the Releases actor runs this code, and follow it."""
+        from cluster import logs
         from cluster.home import keys_dir
         from cluster.keys import KeyStore
         from cluster.meter import RayMeter
@@ -99,6 +102,7 @@ class ServedGateway:
         from serve_apps.gateway.traffic import Traffic
         from serve_apps.releases_actor import RemoteReleases, renew_releases
 
+        logs.speak()
         await renew_releases(revision)
         self._keys = KeyStore(keys_dir())
         releases, traffic = RemoteReleases(revision), Traffic()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import time
+from pathlib import Path
 from typing import Protocol
 
 from cluster.errors import EngineError, RequestError, RoundhouseError
@@ -12,6 +15,7 @@ from cluster.library.store import Library
 from cluster.text.chat import ChatText
 from serve_apps.config import ModelConfig
 from serve_apps.engine.interface import Engine
+from serve_apps.engine.lora_files import CONFIG
 from serve_apps.release_policy import Order, Report
 from serve_apps.shelf import Shelf
 
@@ -56,6 +60,7 @@ class Versions:
         self._config, self._engine, self._library = config, engine, library
         self._board, self._id, self._shelf = board, replica_id, shelf
         self._texts: dict[str, ChatText] = {}
+        self._bases: dict[str, str] = {}  # of live versions that are an addition to another
         self._active: str | None = None
         self._failed: dict[str, str] = {}
         self._pinned: frozenset[str] = frozenset()  # bases that adapters need
@@ -201,7 +206,8 @@ class Versions:
             self._active = order.active
             log.info("%s answers", order.active)
             await self._tell()
-        for version in set(self._texts) - wanted - {self._active}:
+        bases = {self._bases[v] for v in (*wanted, self._active) if v in self._bases}
+        for version in set(self._texts) - wanted - {self._active} - bases:
             del self._texts[version]
             self._draining[version] = asyncio.create_task(self._release(version))
 
@@ -212,27 +218,56 @@ class Versions:
             self._texts[version] = await self._load_from(self._shelf, version)
             return
         found = self._library.resolve(version)
-        text = await asyncio.to_thread(ChatText.load, found.path)
+        text = await asyncio.to_thread(ChatText.shared, found.path)
         await self._engine.load(version, str(found.path))
         self._texts[version] = text
 
     async def _load_from(self, shelf: Shelf, version: str) -> ChatText:
         """Load what lies on the shelf; the engine's own copy made, the shelf may forget it."""
+        began = time.monotonic()
         try:
             folder = await shelf.bring(version)
-            text = await asyncio.to_thread(ChatText.load, folder)
+            brought = time.monotonic()
+            base = read_base(folder)
+            if base is not None:
+                await self._load_addition(version, base, folder, shelf.holder)
+                return self._texts[base]
+            text = await asyncio.to_thread(ChatText.shared, folder)
+            read = time.monotonic()
             await self._engine.load(version, str(folder), shelf.holder)
         finally:
             await shelf.leave(version)
+        loaded = time.monotonic()
+        log.info(
+            "holds %s: %.2f s to bring it, %.2f s for its text, %.2f s for its weights",
+            version, brought - began, read - brought, loaded - read,
+        )  # fmt: skip
         return text
 
+    async def _load_addition(self, version: str, base: str, folder: Path, holder: str) -> None:
+        """Load what a LoRA run has put on the shelf, and the base that it adds to."""
+        began = time.monotonic()
+        if base not in self._texts:
+            await self._load(base)
+            await self._tell()
+        await self._engine.load_adapter(version, base, str(folder), holder)
+        self._bases[version] = base
+        log.info("holds %s beside %s after %.2f s", version, base, time.monotonic() - began)
+
     async def _release(self, version: str) -> None:
+        for other, base in list(self._bases.items()):
+            if base == version and (going := self._draining.get(other)):
+                await asyncio.shield(going)  # what adds to it goes first
         try:
-            await self._engine.release(version, self._config.drain_s)
+            if version in self._bases:
+                await self._engine.release_adapter(version, self._config.drain_s)
+            else:
+                await self._engine.release(version, self._config.drain_s)
             log.info("released %s", version)
         except (EngineError, RequestError) as error:
             log.error("cannot release %s: %s", version, error)
         finally:
+            self._bases.pop(version, None)
             del self._draining[version]
 
     def _report(self) -> Report:
@@ -249,3 +284,12 @@ class Versions:
             await self._board.report(name, alias, self._id, self._report())
         except RoundhouseError as error:
             log.warning("report not delivered; the next watch brings it: %s", error)
+
+
+def read_base(folder: Path) -> str | None:
+    """Return the version that an adapter from the shelf adds to; None for a whole model."""
+    try:
+        told = json.loads((folder / CONFIG).read_bytes())
+    except FileNotFoundError:
+        return None
+    return str(told["base_model_name_or_path"])

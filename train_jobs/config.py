@@ -222,11 +222,6 @@ class FinetuneConfig(Frozen):
                 f"publish.every={self.publish.every} with objective {objective.kind}: replicas "
                 "answer with decoders that generate; leave it out"
             )
-        if self.publish.every and self.adapter and self.zero == 3:
-            raise ValueError(
-                f"publish.every={self.publish.every} with an adapter and zero=3: what goes live is "
-                "the sum of both, and stage 3 divides the base; use zero: 2, or leave it out"
-            )
         generates = isinstance(objective, GRPO) or (
             isinstance(objective, Distillation) and objective.lmbda > 0
         )

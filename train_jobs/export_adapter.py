@@ -26,23 +26,36 @@ def write_adapter(model: Any, base: str, target: Path, rank: int = 0) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            whole = gathered(parameter, parameter.dtype, rank == 0)
-            tensors[name.replace(f".{NAME}.", ".")] = whole
+    tensors = {
+        name: gathered(parameter, parameter.dtype, rank == 0)
+        for name, parameter in parts_of(model).items()
+    }
     if not tensors:
         raise JobError("the model has no adapter to publish; give `adapter: {kind: lora}`")
     if rank:
         return
     target.mkdir(parents=True)
     save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-    told = model.peft_config[NAME].to_dict()
-    told |= {"base_model_name_or_path": base, "inference_mode": True}
-    (target / CONFIG).write_text(json.dumps(_plain(told), indent=2, sort_keys=True) + "\n")
+    (target / CONFIG).write_text(config_of(model, base))
     again = load_file(target / WEIGHTS)
     if any(not torch.equal(again[name], tensor) for name, tensor in tensors.items()):
         raise JobError(f"{target / WEIGHTS} reads back differently")
+
+
+def parts_of(model: Any) -> dict[str, Any]:
+    """Return the parameters that LoRA adds to a peft model, under the names of peft's files."""
+    return {
+        name.replace(f".{NAME}.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def config_of(model: Any, base: str) -> str:
+    """Return the text of ``adapter_config.json``, pinned to the library version ``base``."""
+    told = model.peft_config[NAME].to_dict()
+    told |= {"base_model_name_or_path": base, "inference_mode": True}
+    return json.dumps(_plain(told), indent=2, sort_keys=True) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -137,6 +137,8 @@ class Fit:
         from train_jobs.loop import train
 
         task = self.task
+        if task.config.publish.every:
+            self.open_live()
         guard = Supervisor(
             task.config.run, self.standing, self.saver, self.heart, lambda when: self.measure(when)
         )
@@ -161,14 +163,17 @@ class Fit:
         self.saver.settle()
         return progress
 
+    def open_live(self) -> None:
+        """Have the shelf ready, so that nothing but weights stands between a step and replicas."""
+        from cluster.weights.client import Writer
+        from train_jobs.live import LiveWeights
+
+        name = self.task.config.publish.name or self.task.base.name
+        self.live = LiveWeights(self.task.base, name, self.run.id, Writer())
+
     def go_live(self, progress: Progress) -> None:
         """Put the weights on the cluster's shelf; a shelf that is full does not end the run."""
-        if self.live is None:
-            from cluster.weights.client import Writer
-            from train_jobs.live import LiveWeights
-
-            name = self.task.config.publish.name or self.task.base.name
-            self.live = LiveWeights(self.task.base, name, self.run.id, Writer())
+        assert self.live, "it is opened before the first step"
         began = time.monotonic()
         try:
             ref = self.live.put(self.engine, progress.step)

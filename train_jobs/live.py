@@ -2,6 +2,7 @@
 
 Every rank hands over its share of the tensors, in the names and dtypes of the base's files. Under
 ZeRO 3 they are gathered one by one, each for the rank whose turn it is: none ever holds the model.
+Of a LoRA run the matrices alone travel; replicas add them to the base that they hold.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from cluster.library.store import Version
 from cluster.weights.files import small_files
 from cluster.weights.layout import Bundle, Tensor
 from train_jobs.export import gathered, live_tensors
+from train_jobs.export_adapter import CONFIG, config_of, parts_of
 
 Named = tuple[str, torch.Tensor]
 
@@ -58,8 +60,7 @@ class LiveWeights:
             JobError: on every rank, with the reason of one; the shelf is as it was before.
         """
         ref, parcel = f"{self.prefix}{step}", _told(uuid.uuid4().hex)
-        weights = Weights(engine.module)
-        self._check(weights)
+        weights = self._of(engine.module)
         tensors = self._mine(weights)
         try:
             shipped: Any = self._writer.ship(parcel, tensors)
@@ -72,35 +73,35 @@ class LiveWeights:
         wrong = [told for _, told in all_shipped if isinstance(told, str)]
         if not wrong and dist.get_rank() == 0:
             layout = {name: one for _, told in all_shipped for name, one in told.items()}
-            wrong = self._seal(ref, parcel, sorted({node for node, _ in all_shipped}), layout)
+            nodes = sorted({node for node, _ in all_shipped})
+            wrong = self._seal(parcel, nodes, self._bundle(ref, weights, layout))
         wrong = _told(wrong)
         if wrong:
             self._writer.abandon(parcel)
             raise JobError(f"{ref} could not be put on the shelf: {wrong[0]}")
         return ref
 
-    def _seal(
-        self, ref: str, parcel: str, nodes: Sequence[str], layout: Mapping[str, Tensor]
-    ) -> list[str]:
-        bundle = Bundle(ref, self._files, layout, self._base.ref, time.time())
+    def _of(self, module: Any) -> Matrices | Weights:
+        if is_lora(module):
+            return Matrices(module, self._base.ref)
+        return Weights(module, self._base.ref, self._files, self._stored)
+
+    def _bundle(
+        self, ref: str, weights: Matrices | Weights, layout: Mapping[str, Tensor]
+    ) -> Bundle:
+        return Bundle(ref, weights.files, layout, self._base.ref, time.time())
+
+    def _seal(self, parcel: str, nodes: Sequence[str], bundle: Bundle) -> list[str]:
         try:
             self._writer.seal([(parcel, node) for node in nodes], bundle)
         except RoundhouseError as error:
             return [str(error)]
         return []
 
-    def _check(self, weights: Weights) -> None:
-        for name, (_, shape) in self._stored.items():
-            if weights.shape(name) != shape:
-                raise JobError(
-                    f"{self._base.ref} holds {name} {shape}, which the trained model does not "
-                    "have in this shape; this architecture cannot go live while it trains"
-                )
-
-    def _mine(self, weights: Weights) -> Iterator[Named]:
+    def _mine(self, weights: Matrices | Weights) -> Iterator[Named]:
         """Yield this rank's tensors; where ZeRO divides them all ranks gather them together."""
         rank, size = dist.get_rank(), dist.get_world_size()
-        for at, (name, (dtype, _)) in enumerate(self._stored.items()):
+        for at, (name, dtype) in enumerate(weights.dtypes.items()):
             mine = at % size == rank
             if mine or weights.divided:
                 whole = gathered(weights.get(name), dtype, mine)
@@ -111,19 +112,27 @@ class LiveWeights:
 class Weights:
     """The live weights by the base's names, an adapter's addition made when it is asked for."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(
+        self,
+        module: Any,
+        base: str,
+        files: Mapping[str, bytes],
+        stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    ) -> None:
+        """Raise JobError where the model lacks what the base's files hold (``stored``)."""
         self._sums = adapted_layers(module)
         plain = module if not self._sums else module.get_base_model()
         self._plain = {
             name.replace(".base_layer", ""): tensor for name, tensor in live_tensors(plain).items()
         }
+        self.files, self.dtypes = files, {name: dtype for name, (dtype, _) in stored.items()}
         self.divided = any(hasattr(tensor, "ds_id") for tensor in self._plain.values())
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """Return the shape of a tensor, None where there is none of the name."""
-        live = self._plain.get(name)
-        # the shape of a parameter that ZeRO 3 divides lies beside it
-        return None if live is None else tuple(getattr(live, "ds_shape", live.shape))
+        for name, (_, shape) in stored.items():
+            if self._shape(name) != shape:
+                raise JobError(
+                    f"{base} holds {name} {shape}, which the trained model does not have in this "
+                    "shape; this architecture cannot go live while it trains"
+                )
 
     def get(self, name: str) -> Any:
         """Return a tensor."""
@@ -132,7 +141,35 @@ class Weights:
 
     def all(self) -> dict[str, Any]:
         """Return every tensor."""
-        return {name: self.get(name) for name in self._plain}
+        return {name: self.get(name) for name in self.dtypes}
+
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        live = self._plain.get(name)
+        # the shape of a parameter that ZeRO 3 divides lies beside it
+        return None if live is None else tuple(getattr(live, "ds_shape", live.shape))
+
+
+class Matrices:
+    """What LoRA has learnt, as peft's files have it: replicas add it to the base."""
+
+    def __init__(self, module: Any, base: str) -> None:
+        self._parts = parts_of(module)
+        self.files: Mapping[str, bytes] = {CONFIG: config_of(module, base).encode()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self._parts.items()}
+        self.divided = any(hasattr(tensor, "ds_id") for tensor in self._parts.values())
+
+    def get(self, name: str) -> Any:
+        """Return a matrix."""
+        return self._parts[name]
+
+
+def is_lora(module: Any) -> bool:
+    """Say whether replicas can add what an adapter has learnt: DoRA scales the base as well."""
+    from peft import PeftModel
+
+    return isinstance(module, PeftModel) and not any(
+        told.use_dora for told in module.peft_config.values()
+    )
 
 
 def adapted_layers(module: Any) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,19 @@ _NAMED = (
     "cls_token",
     "mask_token",
 )
+
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
+"""All that is read of a directory."""
+SHARED = 4
+"""Texts that a process keeps for directories which say the same."""
+_shared: OrderedDict[str, ChatText] = OrderedDict()
 
 
 class ChatText:
@@ -100,6 +115,22 @@ class ChatText:
         template, where = _read_template(directory, config)
         generation = _read_json(directory / "generation_config.json")
         return cls(tokenizer, template, named, ends, where, generation)
+
+    @classmethod
+    def shared(cls, directory: Path | str) -> ChatText:
+        """Return what ``load`` does, the same object for all directories whose files are the same.
+
+        The versions of one model nearly always are. Raises what ``load`` raises.
+        """
+        files = [Path(directory) / name for name in FILES]
+        told = [(path.name, path.read_bytes()) for path in files if path.is_file()]
+        key = hashlib.sha256(repr(told).encode()).hexdigest()
+        # two threads may both read it; what counts is that one of them is kept
+        text = _shared.get(key) or cls.load(directory)
+        _shared[key] = text
+        while len(_shared) > SHARED:
+            _shared.popitem(last=False)
+        return text
 
     @property
     def has_template(self) -> bool:

@@ -51,6 +51,7 @@ class Writer:
     def __init__(self) -> None:
         self.node = this_node()
         self._agent = open_agent(self.node)
+        asked(self._agent.renew.remote("", []), CALL_S)  # it is there, and answers
         self._pending: list[Any] = []
 
     def ship(

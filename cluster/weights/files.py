@@ -13,7 +13,7 @@ import numpy as np
 from cluster.errors import LibraryError
 from cluster.library.intake import INDEX, check_safetensors
 from cluster.library.manifest import CARD, MANIFEST
-from cluster.weights.layout import STORED, Array
+from cluster.weights.layout import STORED, Array, Tensor, hash_of
 
 DTYPES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"},
@@ -72,3 +72,18 @@ def stored_tensors(directory: Path) -> Iterator[tuple[str, str, Array]]:
             start, end = told["data_offsets"]
             array = np.frombuffer(data[start:end].tobytes(), STORED[dtype])
             yield name, dtype, array.reshape(told["shape"])
+
+
+def holds(directory: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Say whether a directory has these tensors and no others, bit for bit.
+
+    Reads until the first that differs. LibraryError as `stored_tensors`.
+    """
+    left = dict(tensors)
+    for name, dtype, array in stored_tensors(directory):
+        told = left.pop(name, None)
+        if told is None or (told.dtype, told.shape) != (dtype, array.shape):
+            return False
+        if [piece.sha256 for piece in told.pieces] != [hash_of(array)]:
+            return False  # also where it lies on the shelf in parts: then it is read again
+    return not left

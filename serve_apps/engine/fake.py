@@ -94,7 +94,7 @@ class FakeEngine(Engine):
     async def activate(self, version: str) -> None:
         """Send new requests to ``version``."""
         self._alive()
-        if version not in self._versions:
+        if self._adapters.get(version, version) not in self._versions:
             raise EngineError(f"{version} is not loaded; loaded: {sorted(self._versions)}")
         self._active = version
 
@@ -109,7 +109,9 @@ class FakeEngine(Engine):
         del self._versions[version]
         await self._drain(version, drain_s)
 
-    async def load_adapter(self, adapter: str, base: str, directory: str) -> None:
+    async def load_adapter(
+        self, adapter: str, base: str, directory: str, holder: str | None = None
+    ) -> None:
         """Remember the adapter; nothing is read."""
         self._alive()
         if base not in self._versions:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from cluster.text.chat import ChatText
+
 MAX_BYTES = {"json_schema": 64 * 1024, "regex": 8 * 1024, "lark": 32 * 1024}
 """Of the text; generous beside what people write, small beside what llguidance survives."""
 MAX_NESTING = 48
@@ -167,19 +169,19 @@ class Grammars:
 def _token_table(directory: Path) -> Any:
     from cluster.text.chat import ChatText
 
-    text = ChatText.load(directory)
+    text = ChatText.shared(directory)
     try:
-        return _table_of(text.tokenizer_json(), text.eos_ids)
+        return _table_of(text)
     except ValueError as error:
         raise ConfigError(f"{directory}: its tokenizer cannot enforce grammars: {error}") from None
 
 
 @functools.lru_cache(maxsize=2)
-def _table_of(tokenizer: str, eos_ids: tuple[int, ...]) -> Any:
+def _table_of(text: ChatText) -> Any:
     """Return the table of a tokenizer: the versions of one model nearly always share it."""
     from llguidance import LLTokenizer
 
-    return LLTokenizer(tokenizer, eos_token=list(eos_ids) or None)
+    return LLTokenizer(text.tokenizer_json(), eos_token=list(text.eos_ids) or None)
 
 
 @functools.cache

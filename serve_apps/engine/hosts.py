@@ -58,11 +58,10 @@ class RankActor:
 
     def run(self, spec: dict[str, Any]) -> None:
         """Run the rank to its end; the reference to this call never resolves before that."""
-        import logging
-
+        from cluster import logs
         from serve_apps.engine.runner import run_rank
 
-        logging.basicConfig(level=logging.INFO)
+        logs.speak()
         run_rank(RankSpec(**spec))
 
 

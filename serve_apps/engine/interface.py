@@ -208,7 +208,9 @@ class Engine(Protocol):
         The active version is refused. Cached keys and values of the version are gone afterwards.
         """
 
-    async def load_adapter(self, adapter: str, base: str, directory: str) -> None:
+    async def load_adapter(
+        self, adapter: str, base: str, directory: str, holder: str | None = None
+    ) -> None:
         """Read a LoRA adapter (peft's files) beside the loaded version ``base`` that it adds to.
 
         Afterwards requests may name ``adapter`` as their version; they share steps with those of

@@ -9,7 +9,7 @@ transformers' code get `AdaptedLinear` around the layers that some adapter names
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from serve_apps.engine import tensor_parallel
 from serve_apps.engine.lora_files import WEIGHTS, layer_of, read_facts, refused
@@ -69,9 +70,10 @@ def spans(plan: StepPlan) -> list[Span]:
 class Adapters:
     """The adapters of one version. ``read`` beside the steps, ``hold`` and ``drop`` between two."""
 
-    def __init__(self, module: Any, ranks: int = 1) -> None:
+    def __init__(self, module: Any, ranks: int = 1, device: torch.device | None = None) -> None:
+        """``device`` is told where the weights are packed already: then they lie on none."""
         self._module, self._ranks = module, ranks
-        self._device: torch.device = module.device  # once packed, weights lie on none
+        self._device: torch.device = device or module.device
         # On a CPU sums are float32, and the kernels narrow by themselves what loses nothing by it
         self._dtype = torch.float32 if self._device.type == "cpu" else module.dtype
         self._native: dict[str, NativeLora] = {}
@@ -79,13 +81,18 @@ class Adapters:
         self._wrapped: dict[str, AdaptedLinear] = {}
 
     def read(
-        self, adapter: str, directory: Path, max_rank: int, native: NativeDecoder | None
+        self,
+        adapter: str,
+        directory: Path,
+        max_rank: int,
+        native: NativeDecoder | None,
+        stored: Mapping[str, torch.Tensor] | None = None,
     ) -> int:
         """Read an adapter and hold it; return its bytes. EngineError says what does not fit.
 
-        Steps may be computed meanwhile, as long as no row of theirs has this adapter yet.
+        ``stored`` has its tensors where ``directory`` has only what they need beside them. Steps may be computed meanwhile, as long as no row of theirs has this adapter yet.
         """
-        parts = self._cut(adapter, read_parts(adapter, directory, max_rank))
+        parts = self._cut(adapter, read_parts(adapter, directory, max_rank, stored))
         if native is not None:
             made = NativeLora(adapter, parts, self._module.config)
             self._native[adapter] = made
@@ -196,17 +203,23 @@ def computing(plan: StepPlan) -> Iterator[None]:
         _current.spans = ()
 
 
-def read_parts(adapter: str, directory: Path, max_rank: int) -> Parts:
+def read_parts(
+    adapter: str,
+    directory: Path,
+    max_rank: int,
+    stored: Mapping[str, torch.Tensor] | None = None,
+) -> Parts:
     """Read an adapter's tensors in float32; EngineError says what of it cannot be computed."""
     facts = read_facts(directory, adapter, max_rank)
     pairs = dict[str, dict[str, torch.Tensor]]()
-    try:
-        with safe_open(directory / WEIGHTS, framework="pt") as stored:
-            for key in stored.keys():  # noqa: SIM118 (not a mapping)
-                layer, which = layer_of(key, adapter)
-                pairs.setdefault(layer, {})[which] = stored.get_tensor(key).float()
-    except (OSError, SafetensorError) as error:
-        raise refused(adapter, f"{WEIGHTS} cannot be read ({error})") from None
+    if stored is None:
+        try:
+            stored = load_file(directory / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise refused(adapter, f"{WEIGHTS} cannot be read ({error})") from None
+    for key, tensor in stored.items():
+        layer, which = layer_of(key, adapter)
+        pairs.setdefault(layer, {})[which] = tensor.float()
     if not pairs:
         raise refused(adapter, f"{WEIGHTS} holds no tensors")
     parts = Parts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import inspect
 import logging
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from cluster.errors import EngineError, RoundhouseError
+from cluster.weights.layout import Tensor
 from serve_apps.engine import attention, lora, packing, tensor_parallel
 from serve_apps.engine.kv_cache import Geometry, KVCache
 from serve_apps.engine.native import build
@@ -62,6 +64,8 @@ class LoadedModel:
             dtype=self.dtype,
         )
         self.directory = directory
+        self.content: Mapping[str, Tensor] | None = None
+        """What it was made of, by hash, where it came from the shelf."""
         self.weight_bytes = 0
         """Bytes of the weights that this rank holds, known once prepared."""
         self.linear_weights = sum(
@@ -101,6 +105,16 @@ class LoadedModel:
     @property
     def _head_is_shared(self) -> bool:
         return isinstance(self._module.get_output_embeddings(), tensor_parallel.GatheredLinear)
+
+    def again(self) -> LoadedModel:
+        """Return the same weights as another version, which has adapters of its own.
+
+        Only what the native kernels compute: elsewhere adapters change the layers themselves.
+        """
+        assert self.native is not None
+        twin = copy.copy(self)
+        twin.adapters = lora.Adapters(self._module, self._ranks, self.device)
+        return twin
 
     def close(self) -> None:
         """Leave the process group that this version was sharded over."""

@@ -28,12 +28,13 @@ from serve_apps.engine.wire import Frames, RankSpec, pack
 if TYPE_CHECKING:
     import torch
 
+    from cluster.weights.client import Fetched
     from serve_apps.engine.group import Group
     from serve_apps.engine.kv_cache import KVCache
     from serve_apps.engine.model import LoadedModel
 
 BEAT_S = 1.0
-ADAPT = ("adapter", "base", "directory", "max_rank")
+ADAPT = ("adapter", "base", "directory", "max_rank", "holder")
 """What the front says of an adapter to read."""
 LEAVE_S = 5.0
 """How long a rank whose front is gone may take to get out of a step."""
@@ -197,10 +198,18 @@ class Rank(ABC):
 
     def _load(self, version: str, directory: str, holder: str | None) -> dict[str, Any]:
         spec, group = self._spec, self._group
-        model = group.all_or_none(lambda: self._read_model(version, directory, holder))
-        shape = (Path(directory) / "config.json").read_text()
-        group.all_or_none(lambda: model.prepare(spec.step_timeout_s, shape in self._proven))
-        self._proven.add(shape)
+        began = time.monotonic()
+        model = None if holder or group.size > 1 else self._twin_of(version, Path(directory))
+        if model is None:
+            model = group.all_or_none(lambda: self._read_model(version, directory, holder))
+            read_s = time.monotonic() - began
+            shape = (Path(directory) / "config.json").read_text()
+            group.all_or_none(lambda: model.prepare(spec.step_timeout_s, shape in self._proven))
+            self._proven.add(shape)
+            log.info(
+                "%s: read in %.2f s, packed and proven in %.2f s",
+                version, read_s, time.monotonic() - began - read_s,
+            )  # fmt: skip
         self._ready(model)
         trim()
         length = min(spec.max_model_len, model.context or spec.max_model_len)
@@ -226,13 +235,20 @@ class Rank(ABC):
             "weight_bytes": model.weight_bytes,
         }
 
-    def _adapt(self, adapter: str, base: str, directory: str, max_rank: int) -> dict[str, Any]:
+    def _adapt(
+        self, adapter: str, base: str, directory: str, max_rank: int, holder: str | None
+    ) -> dict[str, Any]:
         model = self._models.get(base)
 
         def read() -> int:
             if model is None:
                 raise EngineError(f"adapter {adapter}: its base {base} is not loaded")
-            return model.adapters.read(adapter, Path(directory), max_rank, model.native)
+            stored = None
+            if holder:
+                from cluster.weights.client import fetch
+
+                stored = tensors_of(fetch(adapter, holder))
+            return model.adapters.read(adapter, Path(directory), max_rank, model.native, stored)
 
         try:
             return {"weight_bytes": self._group.all_or_none(read)}
@@ -244,11 +260,34 @@ class Rank(ABC):
     def _read_model(self, version: str, directory: str, holder: str | None) -> LoadedModel:
         from serve_apps.engine.model import read_model
 
-        spec = self._spec
-        state = from_shelf(version, holder) if holder else None
-        return read_model(
+        spec, fetched = self._spec, None
+        if holder:
+            from cluster.weights.client import fetch
+
+            fetched = fetch(version, holder)
+        state = tensors_of(fetched) if fetched else None
+        model = read_model(
             directory, self._device, self._dtype, spec.num_ranks, spec.quantization, state
         )
+        model.content = fetched.bundle.tensors if fetched else None
+        return model
+
+    def _twin_of(self, version: str, directory: Path) -> LoadedModel | None:
+        """Return a held model again where a directory has the same weights, told by their hashes.
+
+        What a run publishes last is as a rule what it put on the shelf last.
+        """
+        from cluster.weights.files import holds
+
+        shape = (directory / "config.json").read_text()
+        for other, model in self._models.items():
+            if model.native is None or model.content is None:
+                continue
+            same = (model.directory / "config.json").read_text() == shape
+            if same and holds(directory, model.content):
+                log.info("%s is what %s is: nothing is read", version, other)
+                return model.again()
+        return None
 
     @abstractmethod
     def _cache_made(self, cache: KVCache) -> None:
@@ -289,13 +328,11 @@ class Rank(ABC):
             self._sock.sendall(pack(message))
 
 
-def from_shelf(version: str, holder: str) -> dict[str, torch.Tensor]:
-    """Return a version's tensors as they lie on this node's shelf, each checked by its hash."""
-    from cluster.weights.client import fetch
+def tensors_of(fetched: Fetched) -> dict[str, torch.Tensor]:
+    """Return a version's tensors as they lie on this node's shelf, without a copy."""
     from cluster.weights.layout import tensor_of
 
-    whole = fetch(version, holder).whole()
-    return {name: tensor_of(array, dtype) for name, dtype, array in whole}
+    return {name: tensor_of(array, dtype) for name, dtype, array in fetched.whole()}
 
 
 def trim() -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 
+from cluster import logs
 from serve_apps.engine.follower import Follower
 from serve_apps.engine.leader import Leader
 from serve_apps.engine.wire import RankSpec
@@ -29,9 +30,7 @@ def run_rank(spec: RankSpec) -> None:
 def main() -> int:
     """Host a rank in a plain child process: the spec is one JSON object on stdin."""
     spec = RankSpec(**json.load(sys.stdin))
-    logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s rank {spec.rank} %(levelname)s %(message)s"
-    )
+    logs.speak()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != spec.parent_pid:  # it died before we could ask to be told
         return 1

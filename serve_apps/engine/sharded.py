@@ -77,6 +77,7 @@ class ShardedEngine(Engine):
         self._answers: dict[str, Answer] = {}
         self._versions: set[str] = set()
         self._adapters: dict[str, str] = {}  # each one's base
+        self._live: set[str] = set()  # those from the shelf: a run's, beside what is configured
         self.weight_bytes: dict[str, list[int]] = {}
         """Of each loaded version, what each rank holds of it."""
         self._active: str | None = None
@@ -133,7 +134,7 @@ class ShardedEngine(Engine):
     async def activate(self, version: str) -> None:
         """Send new requests to ``version``."""
         self._refuse_if_down()
-        self._refuse_unknown(version)
+        self._refuse_unknown(self._adapters.get(version, version))
         self._active = version
 
     async def release(self, version: str, drain_s: float) -> None:
@@ -153,14 +154,17 @@ class ShardedEngine(Engine):
 
     # Adapters
 
-    async def load_adapter(self, adapter: str, base: str, directory: str) -> None:
+    async def load_adapter(
+        self, adapter: str, base: str, directory: str, holder: str | None = None
+    ) -> None:
         """Have every rank read an adapter beside the version that it adds to."""
         if self._adapters.get(adapter) == base:
             return
         self._refuse_unknown(base)
-        if adapter not in self._adapters and len(self._adapters) >= self._config.max_adapters:
+        held = [one for one in self._adapters if one not in self._live]
+        if holder is None and adapter not in held and len(held) >= self._config.max_adapters:
             raise EngineError(
-                f"adapter {adapter}: {len(self._adapters)} adapters are held already "
+                f"adapter {adapter}: {len(held)} adapters are held already "
                 "(engine.max_adapters); release one, or raise that"
             )
         told = await self._ranks.call_all(
@@ -169,10 +173,13 @@ class ShardedEngine(Engine):
             adapter=adapter,
             base=base,
             directory=str(Path(directory).absolute()),
+            holder=holder,
             max_rank=self._config.max_lora_rank,
         )
         self._refuse_unknown(base)  # it may have been released meanwhile
         self._adapters[adapter] = base
+        if holder is not None:
+            self._live.add(adapter)
         self.weight_bytes[adapter] = [rank["weight_bytes"] for rank in told]
 
     async def release_adapter(self, adapter: str, drain_s: float) -> None:
@@ -180,6 +187,7 @@ class ShardedEngine(Engine):
         if adapter not in self._adapters:
             raise EngineError(f"{adapter} is not loaded; loaded: {sorted(self._adapters)}")
         base = self._adapters.pop(adapter)
+        self._live.discard(adapter)
         self.weight_bytes.pop(adapter)
         await self._until_free(lambda a: a.version == adapter, drain_s)
         for answer in [a for a in self._answers.values() if a.version == adapter]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from cluster.errors import NotEnough
 from cluster.library.manifest import Facts
@@ -27,6 +28,7 @@ from tests.parity.training_work import Session
 from train_jobs.adapters import merged
 from train_jobs.data.dataset import Dataset
 from train_jobs.export import gathered, live_tensors
+from train_jobs.export_adapter import CONFIG, WEIGHTS, write_adapter
 from train_jobs.group import Place
 from train_jobs.live import LiveWeights
 
@@ -85,12 +87,17 @@ def put_live(
     mine = list(shelf.names)
     dist.barrier()
     bundle, stored = shelf.read()
-    model = merged(session.engine.module) if session.config.adapter else session.engine.module
-    trained = {
-        name: gathered(t, stored[name].dtype, True)
-        for name, t in live_tensors(model).items()
-        if name in stored
-    }
+    adapter, model = session.config.adapter, session.engine.module
+    if adapter and not adapter.dora:
+        write_adapter(model, version.ref, folder / f"adapter-{place.rank}", 0)
+        trained = load_file(folder / f"adapter-{place.rank}" / WEIGHTS)
+        assert bundle.files[CONFIG] == (folder / f"adapter-{place.rank}" / CONFIG).read_bytes()
+    else:
+        trained = {
+            name: gathered(t, stored[name].dtype, True)
+            for name, t in live_tensors(merged(model) if adapter else model).items()
+            if name in stored
+        }
     return {
         "ref": bundle.ref,
         "base": bundle.base,

@@ -12,9 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import EngineError
-from cluster.weights.files import stored_tensors
-from cluster.weights.layout import array_of, hash_of, tensor_of
+from cluster.weights.files import holds, stored_tensors
+from cluster.weights.layout import Piece, Tensor, array_of, hash_of, tensor_of
+from serve_apps.engine.lora import read_parts
+from serve_apps.engine.lora_files import WEIGHTS
 from serve_apps.engine.model import LoadedModel, read_model
+from serve_apps.engine.plan import Row, StepPlan
+from tests.parity.adapter_fixtures import save_adapter
 from tests.parity.engine_fixtures import greedy, prompts, run_local, save_tiny
 
 pytestmark = pytest.mark.parity
@@ -101,6 +105,55 @@ def test_steps_go_on_while_another_version_is_read_in_another_dtype(
     told = answers(model)
     request.getfixturevalue("another_default")
     assert answers(model) == told
+
+
+def test_what_a_run_publishes_last_is_known_by_its_hashes_and_not_read_again(
+    narrow: Path, tmp_path: Path
+) -> None:
+    contents = {
+        name: Tensor(dtype, array.shape, (Piece(hash_of(array), array.nbytes),))
+        for name, dtype, array in stored_tensors(narrow)
+    }
+    assert holds(narrow, contents)
+    assert not holds(narrow, contents | {"more": next(iter(contents.values()))})
+    for path in narrow.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    file = tmp_path / "model.safetensors"
+    save_file({k: -v for k, v in load_file(file).items()}, file, {"format": "pt"})
+    assert not holds(tmp_path, contents)
+
+
+def test_the_same_weights_again_answer_alike_and_have_adapters_of_their_own(
+    narrow: Path, tmp_path: Path
+) -> None:
+    model = read(narrow)
+    if model.native is None:
+        pytest.skip("adapters change transformers' own layers: such a version is read again")
+    twin = model.again()
+    assert twin.native is model.native, "no weight is held twice"
+    told = answers(model)
+    adapter = save_adapter(narrow, tmp_path / "a", 1, r=4)
+    twin.adapters.read("a@1", adapter, 64, twin.native)
+    plan = StepPlan(0, "", (Row([0], 0, [3], 1, "a@1"),))
+    assert twin.adapters.for_native(plan) is not None
+    twin.adapters.drop("a@1")
+    assert answers(twin) == answers(model) == told
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["file", "shelf"])
+def test_an_adapter_from_the_shelf_is_the_one_from_its_files_sc11(
+    narrow: Path, tmp_path: Path, stored: bool
+) -> None:
+    model, folder = read(narrow), save_adapter(narrow, tmp_path / "a", 1, r=4)
+    state = on_shelf(folder) if stored else None
+    if stored:  # all that is brought beside the tensors
+        (folder / WEIGHTS).unlink()
+    parts = read_parts("a@1", folder, 64, state)
+    again = read_parts("a@1", save_adapter(narrow, tmp_path / "b", 1, r=4), 64)
+    assert parts.keys() == again.keys()
+    assert all(torch.equal(parts[n].up, again[n].up) for n in parts)
+    assert all(torch.equal(parts[n].down, again[n].down) for n in parts)
+    assert model.adapters.read("a@1", folder, 64, model.native, state) > 0
 
 
 def test_a_proven_shape_is_not_proven_again_but_broken_numbers_are_refused(narrow: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 
 from cluster.library.manifest import Facts
 from cluster.library.store import Library
+from tests.parity.adapter_fixtures import save_adapter
 from tests.parity.engine_fixtures import save_tiny
 from tests.ray.cluster_fixtures import ROOT, Rig
 from tests.unit.text_fixtures import write_tokenizer
@@ -46,7 +48,7 @@ ref, folder = sys.argv[1], Path(sys.argv[2])
 if ref.startswith("-"):
     client.withdraw(ref[1:])
 else:
-    tensors = load_file(folder / "model.safetensors").items()
+    tensors = load_file(next(folder.glob("*.safetensors"))).items()
     if len(sys.argv) > 3:  # killed in the middle
         import os
         writer, some = client.Writer(), list(tensors)[:2]
@@ -54,6 +56,8 @@ else:
         os.kill(os.getpid(), 9)
     client.publish(ref, small_files(folder), tensors, "pair@1")
 """
+LORA = "pair@run.lora.1"
+"""Adds to pair@1: a run's matrices without the weights below them."""
 ASKED = ([5, 6, 7, 8], [9, 3, 11, 40, 41, 42, 43], list(range(20, 60)))
 """Prompts: the last is longer than a block of the cache, so its beginning is kept there."""
 
@@ -67,6 +71,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp("pair") / "model"
         made[ref] = save_tiny(folder, seed=seed, vocab_size=400)
         write_tokenizer(folder)
+    made[LORA] = save_adapter(made["pair@1"], tmp_path_factory.mktemp("lora") / "a", 1, r=4)
+    told = json.loads((made[LORA] / "adapter_config.json").read_text())
+    told["base_model_name_or_path"] = "pair@1"
+    (made[LORA] / "adapter_config.json").write_text(json.dumps(told))
     return made
 
 
@@ -74,19 +82,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def expected(folders: dict[str, Path]) -> dict[str, list[str]]:
     """What a fresh model of each version answers, by transformers."""
     import torch
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from cluster.text.chat import ChatText
 
     told: dict[str, list[str]] = {}
     for ref, folder in folders.items():
+        whole = folders["pair@1"] if ref == LORA else folder
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False
+            whole, dtype=torch.float32, trust_remote_code=False
         )
-        text = ChatText.load(folder)
+        if ref == LORA:
+            model = PeftModel.from_pretrained(model, folder)
+        text = ChatText.load(whole)
         told[ref] = []
         for ids in ASKED:
-            made = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)
+            asked = torch.tensor([ids])
+            made = model.generate(input_ids=asked, max_new_tokens=8, do_sample=False)
             told[ref].append(text.decode(made[0, len(ids) :].tolist()))
     assert len({str(texts) for texts in told.values()}) == len(told), "versions must differ"
     return told
@@ -198,3 +211,13 @@ def test_RC04_what_is_withdrawn_stops_answering_and_the_one_before_answers_again
         put(pair, ref, folders["pair@1"])
     until_all(pair, "pair@1")
     assert ask(pair, 0) == ("pair@1", expected["pair@1"][0])
+
+
+def test_SC11_what_a_lora_run_has_learnt_travels_alone_and_answers_beside_its_base(
+    pair: Rig, folders: dict[str, Path], expected: dict[str, list[str]]
+) -> None:
+    put(pair, LORA, folders[LORA])
+    until_all(pair, LORA)
+    for at in range(len(ASKED)):
+        assert ask(pair, at) == (LORA, expected[LORA][at])
+        assert ask(pair, at, "pair@1") == ("pair@1", expected["pair@1"][at])

@@ -97,14 +97,6 @@ def test_a_resolved_configuration_reads_back_equal(config: Path, tmp_path: Path)
             {"publish": {"every": 5}, "objective": {"kind": "masked_lm"}, "model": "tiny"},
             "publish.every=5 with objective masked_lm: replicas answer with decoders",
         ),
-        (
-            {
-                "publish": {"every": 5, "name": "x", "merge": False},
-                "adapter": {"kind": "lora"},
-                "zero": 3,
-            },
-            "publish.every=5 with an adapter and zero=3: what goes live is the sum",
-        ),
         ({"adapter": {"kind": "lora", "targets": []}}, "name at least one layer"),
         ({"publish": {"name": "My Model"}}, r"my.yaml:\d+: publish.name: .*'My Model' is no name"),
         ({"optim": {"betas": [1.5, 0.9]}}, r"my.yaml:\d+: optim.betas"),

@@ -22,7 +22,7 @@ from cluster.library.manifest import CARD, Facts
 from cluster.library.ref import CHAMPION, NEWEST
 from cluster.library.store import Library, Version
 from train_jobs.export import write_model
-from train_jobs.live import LiveWeights, Weights, Writer
+from train_jobs.live import LiveWeights, Weights, Writer, stored_names
 
 WAIT_S = 300.0
 POLL_S = 0.5
@@ -80,7 +80,8 @@ class Refresh:
         library = Library()
         staging = library.root / f".{self._app}-policy"
         shutil.rmtree(staging, ignore_errors=True)
-        write_model(Weights(engine.module).all(), self._base.path, staging)
+        weights = Weights(engine.module, self._base.ref, {}, stored_names(self._base))
+        write_model(weights.all(), self._base.path, staging)
         (staging / CARD).write_text(f"# {self._app}\n\nMade from `{self._base.ref}`: {NOTE}.\n")
         old = self._base.manifest
         facts = Facts(
