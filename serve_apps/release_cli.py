@@ -56,7 +56,8 @@ def release_start(
     rules = load(policy, ReleasePolicy, given) if policy else build({}, ReleasePolicy, given)
     move = wanted(ref, None, Library())
     if dry_run:
-        return _show_plan(f"{move.name}@{move.to}", rules)
+        _show_plan(f"{move.name}@{move.to}", rules)
+        return
     record: Release = _call("start_release", move.name, move.to, rules, _who())
     console.out(_line(record))
     if wait:

@@ -1,0 +1,224 @@
+"""Releases on a cluster, by the user's own verbs: one to the end, others that end early."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from cluster.library import releases as records
+from cluster.library.releases import Release
+from cluster.library.store import Library
+from tests.ray.cluster_fixtures import Rig
+from tests.unit.serving_fixtures import publish
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+HI: Any = [{"role": "user", "content": "Hi"}]
+NAME = "relay"
+CONFIG = """
+models:
+  - model: relay
+    replicas: 2
+    drain_s: 5
+    engine: {kind: fake, token_delay_s: 0.01}
+"""
+PEOPLE = 40
+
+
+@pytest.fixture(scope="module")
+def relay(cluster: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """Two replicas of ``relay@1``, and ``relay@2`` to ``relay@4`` in the library."""
+    place = tmp_path_factory.mktemp("relay")
+    library = Library(cluster.home / "library")
+    publish(library, place, NAME, "a")
+    library.move_alias(NAME, "champion", 1, None, "test")
+    for mark in "bcd":
+        publish(library, place, NAME, mark)
+    config = place / "serve.yaml"
+    config.write_text(CONFIG)
+    cluster.run("deploy", str(config), "--timeout", "90")
+    yield cluster
+    cluster.run("undeploy", NAME, check=False)
+
+
+class People(threading.Thread):
+    """Asks again and again, each time as the next of its people; writes down who answered."""
+
+    def __init__(self, rig: Rig, people: list[str]) -> None:
+        super().__init__(daemon=True)
+        self._api = openai.OpenAI(
+            base_url=f"{rig.cluster.serve_url}/v1", api_key=rig.api_key, max_retries=0, timeout=60
+        )
+        self._people, self._end = people, threading.Event()
+        self.said: list[tuple[str, str]] = []
+        self.failures: list[str] = []
+
+    def run(self) -> None:
+        turn = 0
+        while not self._end.is_set():
+            who = self._people[turn % len(self._people)]
+            turn += 1
+            try:
+                told = self._api.chat.completions.create(
+                    model=NAME, messages=HI, max_tokens=3, user=who
+                )
+                self.said.append((who, str(told.system_fingerprint)))
+            except Exception as error:
+                self.failures.append(repr(error))
+
+    def finish(self) -> None:
+        self._end.set()
+        self.join(60)
+
+
+@pytest.fixture
+def crowd(relay: Rig) -> Iterator[list[People]]:
+    """Three clients that speak for forty people between them."""
+    clients = [People(relay, [f"p{n}" for n in range(k, PEOPLE, 3)]) for k in range(3)]
+    for client in clients:
+        client.start()
+    yield clients
+    for client in clients:
+        client.finish()
+
+
+def said(crowd: list[People]) -> list[tuple[str, str]]:
+    return [one for client in crowd for one in client.said]
+
+
+def library(rig: Rig) -> Library:
+    return Library(rig.home / "library")
+
+
+def last(rig: Rig) -> Release:
+    return records.of(library(rig).root, NAME)[-1]
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.1)
+
+
+def start(rig: Rig, tmp_path: Path, number: int, policy: dict[str, Any], *more: str) -> int:
+    path = tmp_path / "policy.yaml"
+    path.write_text(json.dumps(policy))
+    ran = rig.run("release", "start", f"{NAME}@{number}", "--policy", str(path), *more, check=False)
+    assert "Traceback" not in ran.stderr, ran.stderr
+    return ran.returncode
+
+
+def steps(*percents: float, **more: Any) -> dict[str, Any]:
+    return {"traffic": {"steps": [{"percent": p, **more} for p in percents]}}
+
+
+def test_RC05_T31_golden_prompts_that_fail_end_it_before_anybody_is_answered(
+    relay: Rig, crowd: list[People], tmp_path: Path
+) -> None:
+    golden = [{"chat": "Hi", "regex": "."}, {"chat": "Where?", "contains": "in the shed"}]
+    policy = steps(20, for_s=1, requests=5) | {"gates": {"golden": golden}}
+    assert start(relay, tmp_path, 2, policy, "--wait") == 1
+    done = last(relay)
+    assert [e.what for e in done.entries if e.what != "held"] == ["started", "rolled_back"]
+    assert "'Where?' was answered" in done.entries[-1].why
+    assert "'Hi'" not in done.entries[-1].why
+    assert {version for _, version in said(crowd)} == {"relay@1"}
+    assert library(relay).aliases(NAME)["champion"] == 1
+
+
+def test_RC05_a_better_one_gets_its_share_and_then_the_place(
+    relay: Rig, crowd: list[People], tmp_path: Path
+) -> None:
+    policy = steps(30, for_s=3, requests=60) | {
+        "gates": {"golden": [{"chat": "Hi", "regex": "."}]},
+        "shadow": {"percent": 50},
+        "pace": "one",
+    }
+    policy["traffic"]["steps"].append({"percent": 100, "for_s": 0, "requests": 20})
+    assert start(relay, tmp_path, 2, policy) == 0
+    until(lambda: "advanced" in {e.what for e in last(relay).entries}, "the first step")
+    api = openai.OpenAI(base_url=f"{relay.cluster.serve_url}/v1", api_key=relay.api_key)
+    for pinned in ("relay@1", "relay@2"):
+        told = api.chat.completions.create(model=pinned, messages=HI, max_tokens=2)
+        assert told.system_fingerprint == pinned
+    time.sleep(1)  # what was asked before the share began is answered
+    for client in crowd:
+        client.said.clear()
+    share: list[tuple[str, str]] = []
+    while True:
+        heard = said(crowd)
+        if last(relay).moved.step != 0:
+            break
+        share = heard  # all of it is of the first step: the record is written before the share
+        time.sleep(0.1)
+    until(lambda: last(relay).over, "the end")
+    assert last(relay).entries[-1].what == "promoted"
+    time.sleep(0.3)
+    final = said(crowd)[-1][1]
+    for client in crowd:
+        client.finish()
+        assert client.failures == []
+    assert final == "relay@2"
+    assert library(relay).aliases(NAME)["champion"] == 2
+
+    sides = {who: {v for other, v in share if other == who} for who, _ in share}
+    assert all(len(versions) == 1 for versions in sides.values()), "each stays on one side"
+    over = sum(versions == {"relay@2"} for versions in sides.values())
+    assert len(sides) == PEOPLE
+    assert 3 <= over <= 23, "binomial(40, 0.3) lies there but for once in 10,000 times"
+    stepped = next(e for e in last(relay).entries if e.what == "advanced" and e.step == 1)
+    assert stepped.seen["candidate"]["requests"] >= 40
+    assert stepped.seen["candidate"]["shadows"] > 0
+
+
+def conductor(rig: Rig) -> int | None:
+    """Return the process of the Releases actor."""
+    found = rig.cluster.json("GET", "/api/v0/actors?detail=1&limit=1000")
+    rows = found["data"]["result"]["result"]
+    alive = [r["pid"] for r in rows if r["name"] == "releases" and r["state"] == "ALIVE"]
+    return int(alive[0]) if alive else None
+
+
+def test_RC06_a_conductor_killed_in_the_middle_leaves_the_share_and_goes_on(
+    relay: Rig, crowd: list[People], tmp_path: Path
+) -> None:
+    policy = steps(50, 100, for_s=1, requests=30)
+    assert start(relay, tmp_path, 3, policy) == 0
+    until(lambda: last(relay).moved.what == "advanced", "the first step")
+    pid = conductor(relay)
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: last(relay).over, "the end")
+    assert last(relay).entries[-1].what == "promoted"
+    until(lambda: said(crowd)[-1][1] == "relay@3", "it answers")
+    for client in crowd:
+        client.finish()
+        assert client.failures == []
+    assert library(relay).aliases(NAME)["champion"] == 3
+    assert conductor(relay) != pid
+
+
+def test_RC06_a_replica_that_dies_in_the_middle_ends_it(
+    relay: Rig, crowd: list[People], tmp_path: Path
+) -> None:
+    assert start(relay, tmp_path, 4, steps(20, for_s=600, requests=0)) == 0
+    until(lambda: last(relay).moved.what == "advanced", "the first step")
+    apps = relay.cluster.json("GET", "/api/serve/applications/")["applications"]
+    replicas = apps[f"model-{NAME}"]["deployments"]["Replica"]["replicas"]
+    os.kill(replicas[0]["pid"], signal.SIGKILL)
+    until(lambda: last(relay).over, "the end")
+    done = last(relay)
+    assert done.entries[-1].what == "rolled_back"
+    assert "died while relay@4 answered 20 %" in done.entries[-1].why
+    assert library(relay).aliases(NAME)["champion"] == 3
+    told = json.loads(relay.run("release", "status", NAME, "--json").stdout)
+    assert told["releases"][0]["entries"][-1]["what"] == "rolled_back"
