@@ -6,13 +6,14 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.errors import ClusterError, RoundhouseError
 from cluster.session import NAMESPACE
 from cluster.weights.agent import Agent
 from cluster.weights.directory import WATCH_S, Directory
+from cluster.weights.exchange import Loan
 from cluster.weights.layout import Array, Bundle
 
 FORMAT = 1
@@ -24,6 +25,14 @@ CALL_S = 60.0
 """Bound of any call that moves no weights."""
 MOVE_S = 600.0
 """Bound of one that does."""
+LEND_CALL_S = 10.0
+"""Bound of asking another node for pieces: one that is slower is done without."""
+KNOWN_S = 1.0
+"""So long an agent takes the nodes that have a version for known."""
+ILL_S = 30.0
+"""So long it does not ask a node that failed."""
+ASKED = 8
+"""Nodes that it asks for pieces before it waits."""
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +41,13 @@ class NodeAgent(Agent):
     """What Ray runs on a node: an agent over its object store."""
 
     def __init__(self, node: str) -> None:
-        others = Others(node)
-        super().__init__(ObjectStore(), int(SHARE * store_bytes(node)), others)
-        others.begin_anew()
+        self._others = Others(node)
+        super().__init__(ObjectStore(), int(SHARE * store_bytes(node)), self._others)
+
+    def begin(self, parcel: str, pieces: Mapping[str, int]) -> list[str]:
+        """See :class:`cluster.weights.agent.Agent`."""
+        self._others.settle()
+        return super().begin(parcel, pieces)
 
 
 class ClusterDirectory(Directory):
@@ -42,11 +55,13 @@ class ClusterDirectory(Directory):
 
     def __init__(self) -> None:
         super().__init__()
-        for node, agent in agents().items():
+        told = {node: agent.bundles.remote() for node, agent in agents().items()}
+        until = time.monotonic() + CALL_S
+        for node, bundles in told.items():
             with contextlib.suppress(RoundhouseError):  # it says so itself when it is back
-                for bundle in asked(agent.bundles.remote(), CALL_S):
+                for bundle in asked(bundles, max(0.1, until - time.monotonic())):
                     self._bundles[bundle.ref] = bundle
-                    self._nodes.setdefault(bundle.ref, set()).add(node)
+                    self._nodes.setdefault(bundle.ref, {})[node] = None
 
 
 class ObjectStore:
@@ -76,31 +91,50 @@ class Others:
     """The other nodes, as an agent sees them."""
 
     def __init__(self, node: str) -> None:
-        self._node = node
-
-    def begin_anew(self) -> None:
         """Say that this node has nothing: its agent has just begun."""
-        open_directory().gone.remote(self._node)
+        self._node = node
+        # not waited for here: a directory that has just begun as well asks this agent first
+        self._said = open_directory().gone.remote(node)
+        self._known: tuple[float, dict[str, Any], list[str]] = (0.0, {}, [])
+        self._ill: dict[str, float] = {}  # until when
+
+    def settle(self) -> None:
+        """Wait until that is known: said later, it would take back what has come since."""
+        asked(self._said, CALL_S)
 
     def find(self, ref: str) -> Bundle | None:
         """See :class:`cluster.weights.agent.Elsewhere`."""
         found = asked(open_directory().find.remote(ref), CALL_S)
         return None if found is None else found[0]
 
-    def references(self, ref: str, pieces: Sequence[str]) -> dict[str, Any]:
-        """See :class:`cluster.weights.agent.Elsewhere`."""
-        found, wanted = dict[str, Any](), list(pieces)
-        told = asked(open_directory().find.remote(ref), CALL_S)
-        known, nodes = agents(), [] if told is None else told[1]
-        random.shuffle(nodes)  # or all would ask the same one
-        for node in nodes:
-            if node == self._node or node not in known or not wanted:
+    def borrow(self, ref: str, pieces: Sequence[str], most: int, who: str) -> Loan | None:
+        """See :class:`cluster.weights.exchange.Lenders`."""
+        now, any_busy = time.monotonic(), False
+        if now > self._known[0]:
+            told = asked(open_directory().nodes.remote(ref), CALL_S)
+            self._known = now + KNOWN_S, agents(), told
+        _, known, nodes = self._known
+        ill = {node for node, until in dict(self._ill).items() if until > now}
+        others = [one for one in nodes if one != self._node and one in known and one not in ill]
+        for node in some_of(others):
+            try:
+                has, found = asked(known[node].lend.remote(pieces, most, who), LEND_CALL_S)
+            except ClusterError:
+                self._ill[node] = now + ILL_S
                 continue
-            with contextlib.suppress(RoundhouseError):  # another node may have them as well
-                some = asked(known[node].some.remote(wanted), CALL_S)
-                found |= {piece: inside[0] for piece, inside in some.items()}
-                wanted = [piece for piece in wanted if piece not in found]
-        return found
+            if found:
+                return Loan(node, {piece: inside[0] for piece, inside in found.items()})
+            any_busy = any_busy or has
+        if not any_busy and len(others) <= ASKED:
+            raise ClusterError("nobody has them now")
+        return None
+
+    def give_back(self, loan: Loan, who: str, failed: bool) -> None:
+        """See :class:`cluster.weights.exchange.Lenders`."""
+        if failed:
+            self._ill[loan.node] = time.monotonic() + ILL_S
+        if agent := self._known[1].get(loan.node):
+            agent.returned.remote(who)
 
     def have(self, bundle: Bundle) -> None:
         """See :class:`cluster.weights.agent.Elsewhere`."""
@@ -109,6 +143,13 @@ class Others:
     def lost(self, ref: str) -> None:
         """See :class:`cluster.weights.agent.Elsewhere`."""
         open_directory().lost.remote(self._node, ref)
+
+
+def some_of(nodes: Sequence[str]) -> list[str]:
+    """Return a few of the nodes in a random order, the first, which has most, among them."""
+    few = [*nodes[:1], *random.sample(nodes[1:], min(len(nodes) - 1, ASKED - 1))] if nodes else []
+    random.shuffle(few)
+    return few
 
 
 def open_directory() -> Any:

@@ -6,21 +6,19 @@ as long as it does, whoever handed it over: an object dies with the process that
 
 from __future__ import annotations
 
-import random
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from cluster.errors import Corrupt, LibraryError, UnknownModel
+from cluster.errors import LibraryError, UnknownModel
 from cluster.library.ref import Ref
 from cluster.library.store import Library
+from cluster.weights.exchange import Desk, Fetch, Lenders
 from cluster.weights.files import small_files, stored_tensors
 from cluster.weights.inventory import Inventory
-from cluster.weights.layout import Array, Bundle, Piece, Tensor, check, cut, hash_of
-
-GROUP_BYTES = 64 << 20
-"""Fetched from another node, or read from disk, before it is put: what a copy of it takes."""
+from cluster.weights.layout import Array, Bundle, Piece, Tensor, cut, hash_of
 
 
 class Store(Protocol):
@@ -33,14 +31,11 @@ class Store(Protocol):
         """Return what lies there, without a copy where it lies on this node."""
 
 
-class Elsewhere(Protocol):
+class Elsewhere(Lenders, Protocol):
     """What other nodes have."""
 
     def find(self, ref: str) -> Bundle | None:
         """Return a version that lies on some node, whole among all of them."""
-
-    def references(self, ref: str, pieces: Sequence[str]) -> dict[str, Any]:
-        """Return references to pieces of a version from whatever nodes have them."""
 
     def have(self, bundle: Bundle) -> None:
         """Tell the others that this node has a version."""
@@ -67,6 +62,7 @@ class Agent:
         self._lock = threading.RLock()  # over the inventory and the references
         self._making: dict[str, threading.Lock] = {}
         self._references: dict[str, Any] = {}
+        self._desk, self._given = Desk(clock), 0  # bytes lent so far
 
     def begin(self, parcel: str, pieces: Mapping[str, int]) -> list[str]:
         """Make room for pieces; return those that are not here yet. Raises NotEnough."""
@@ -143,10 +139,25 @@ class Agent:
             self._forget_pieces()
         self._elsewhere.lost(ref)
 
-    def some(self, pieces: Sequence[str]) -> dict[str, list[Any]]:
-        """Return references to those of the pieces that are here: what other nodes ask for."""
+    def lend(self, pieces: Sequence[str], most: int, who: str) -> tuple[bool, dict[str, list[Any]]]:
+        """Say whether any of the pieces are here, and return references to some of those.
+
+        About ``most`` bytes, the first first; none while enough others borrow from here.
+        """
         with self._lock:
-            return {p: [self._references[p]] for p in pieces if p in self._references}
+            here = {
+                piece: self._inventory.pieces[piece]
+                for piece in pieces
+                if piece in self._references and piece in self._inventory.pieces
+            }
+            chosen = self._desk.lend(here, most, who)
+            self._given += sum(here[piece] for piece in chosen)
+            return bool(here), {piece: [self._references[piece]] for piece in chosen}
+
+    def returned(self, who: str) -> None:
+        """Take note that a borrower has read what it was lent."""
+        with self._lock:
+            self._desk.returned(who)
 
     def bundles(self) -> list[Bundle]:
         """Return what is here: from this the directory of all nodes is made anew."""
@@ -162,6 +173,7 @@ class Agent:
                 "bytes": self._inventory.nbytes,
                 "pieces": len(self._inventory.pieces),
                 "parcels": len(self._inventory.parcels),
+                "given": self._given,
                 "versions": {
                     ref: {
                         "bytes": held.bundle.nbytes,
@@ -186,35 +198,24 @@ class Agent:
             )
 
     def _fetch(self, bundle: Bundle) -> None:
-        """Copy what this node lacks of a version from other nodes, checked piece by piece.
-
-        In an order of its own, and what has come may be taken from here at once: of many nodes
-        that begin together none then waits for the first (docs/decisions/0015).
-        """
+        """Copy what this node lacks of a version; what has come may be taken from here at once."""
         parcel = f"fetch {bundle.ref}"
         missing = self.begin(parcel, bundle.pieces)
-        random.shuffle(missing)
         self._elsewhere.have(bundle)
         try:
-            for group in _groups({piece: bundle.pieces[piece] for piece in missing}):
-                self._copy(parcel, bundle, group)
+            Fetch(
+                self._elsewhere,
+                self._store.get,
+                lambda arrays: self.put(parcel, arrays),
+                bundle,
+                missing,
+                uuid.uuid4().hex[:12],
+            ).run()
         except BaseException:
             self._elsewhere.lost(bundle.ref)
             self.abandon(parcel)
             raise
         self.finish(parcel, bundle)
-
-    def _copy(self, parcel: str, bundle: Bundle, pieces: Sequence[str]) -> None:
-        references = self._elsewhere.references(bundle.ref, pieces)
-        if lacking := set(pieces) - set(references):
-            raise Corrupt(
-                f"{bundle.ref}: {len(lacking)} of its shards are on no node any more; publish it "
-                "again"
-            )
-        arrays = self._store.get([references[piece] for piece in pieces])
-        for piece, array in zip(pieces, arrays, strict=True):
-            check(Piece(piece, bundle.pieces[piece]), array)
-            self.put(parcel, {piece: array})
 
     def _read(self, ref: str) -> None:
         """Put a version of the library on the shelf; Corrupt names a file that differs."""
@@ -240,16 +241,3 @@ class Agent:
     def _forget_pieces(self) -> None:
         for piece in set(self._references) - set(self._inventory.pieces):
             del self._references[piece]
-
-
-def _groups(pieces: Mapping[str, int]) -> list[list[str]]:
-    """Return the pieces in their order, in groups of about ``GROUP_BYTES``."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for piece, nbytes in pieces.items():
-        if groups[-1] and size + nbytes > GROUP_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(piece)
-        size += nbytes
-    return groups if groups[0] else []

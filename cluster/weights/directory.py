@@ -20,19 +20,19 @@ class Directory:
 
     def __init__(self) -> None:
         self._bundles: dict[str, Bundle] = {}
-        self._nodes: dict[str, set[str]] = {}
+        self._nodes: dict[str, dict[str, None]] = {}  # in the order in which they came
         self._changed = asyncio.Event()
 
     async def have(self, nodes: Sequence[str], bundle: Bundle) -> None:
         """Take note that these nodes have a version, each all or a part of it."""
         self._bundles[bundle.ref] = bundle
-        self._nodes.setdefault(bundle.ref, set()).update(nodes)
+        self._nodes.setdefault(bundle.ref, {}).update(dict.fromkeys(nodes))
         self._tell()
 
     async def lost(self, node: str, ref: str) -> None:
         """Take note that a node has it no more."""
-        nodes = self._nodes.get(ref, set())
-        nodes.discard(node)
+        nodes = self._nodes.get(ref, {})
+        nodes.pop(node, None)
         if not nodes:
             self._nodes.pop(ref, None)
             self._bundles.pop(ref, None)
@@ -47,6 +47,10 @@ class Directory:
         """Return a version and the nodes that have some of it."""
         bundle = self._bundles.get(ref)
         return None if bundle is None else (bundle, sorted(self._nodes[ref]))
+
+    async def nodes(self, ref: str) -> list[str]:
+        """Return the nodes that have some of a version, the first to have it first."""
+        return list(self._nodes.get(ref, ()))
 
     async def refs(self) -> dict[str, list[str]]:
         """Return the nodes of each version."""

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.errors import ConfigError, Corrupt, NotEnough, UnknownModel
+from cluster.errors import ClusterError, ConfigError, Corrupt, NotEnough, UnknownModel
 from cluster.library.manifest import Facts
 from cluster.library.store import Library
+from cluster.weights import exchange
 from cluster.weights.agent import Agent
 from cluster.weights.directory import Directory
+from cluster.weights.exchange import LEND_S, LENDS, Loan
 from cluster.weights.inventory import LEASE_S, PARCEL_S
 from cluster.weights.layout import Array, Bundle, Piece, Tensor, check, cut, hash_of, joined, share
 from tests.unit.serving_fixtures import write_model
@@ -51,19 +53,28 @@ class View:
 
     def __init__(self, network: Network, name: str) -> None:
         self.network, self.name = network, name
+        self.ill: set[str] = set()
 
     def find(self, ref: str) -> Bundle | None:
         return self.network.bundles.get(ref)
 
-    def references(self, ref: str, pieces: Sequence[str]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        nodes = sorted(self.network.nodes.get(ref, set()) - {self.name})
+    def borrow(self, ref: str, pieces: Sequence[str], most: int, who: str) -> Loan | None:
+        nodes, busy = sorted(self.network.nodes.get(ref, set()) - {self.name} - self.ill), False
         random.shuffle(nodes)
         for node in nodes:
-            some = self.network.agents[node].some([p for p in pieces if p not in found])
-            found |= {piece: inside[0] for piece, inside in some.items()}
+            has, some = self.network.agents[node].lend(pieces, most, who)
             self.network.asked[node] += len(some)
-        return found
+            if some:
+                return Loan(node, {piece: inside[0] for piece, inside in some.items()})
+            busy = busy or has
+        if not busy:
+            raise ClusterError("nobody has them")
+        return None
+
+    def give_back(self, loan: Loan, who: str, failed: bool) -> None:
+        self.network.agents[loan.node].returned(who)
+        if failed:
+            self.ill.add(loan.node)
 
     def have(self, bundle: Bundle) -> None:
         self.network.bundles[bundle.ref] = bundle
@@ -243,12 +254,40 @@ def test_a_node_gets_what_it_lacks_from_others_checked(clock: Clock) -> None:
         _, references = agent.take(bundle.ref, "replica")
         assert {hash_of(inside[0]) for inside in references.values()} == set(bundle.pieces)
     assert c.status()["bytes"] == 200
-    # one node's memory fails
-    bad = put(a, "m@run.x.2", array(5))
-    a._references[hash_of(array(5))][3] ^= 1
-    with pytest.raises(Corrupt):
-        c.take(bad.ref, "replica")
-    assert "m@run.x.2" not in c.status()["versions"]
+
+
+def test_a_lender_whose_memory_fails_is_done_without(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "LOST_S", 0.2)
+    network = Network()
+    agents = [network.join(name, 1000, clock) for name in "abc"]
+    bad = put(agents[0], "m@run.x.2", array(5))
+    agents[0]._references[hash_of(array(5))][3] ^= 1
+    with pytest.raises(Corrupt, match="differs from its hash"):
+        agents[2].take(bad.ref, "replica")
+    assert "m@run.x.2" not in agents[2].status()["versions"]
+    put(agents[1], "m@run.x.2", array(5))
+    network.join("d", 1000, clock).take(bad.ref, "replica")
+    assert network.asked["b"] == 1
+
+
+def test_a_node_lends_to_few_at_once_and_forgets_who_fell_silent(clock: Clock) -> None:
+    agent = Network().join("a", 1000, clock)
+    bundle = put(agent, "m@run.x.1", array(1), array(2), array(3))
+    pieces = list(bundle.pieces)
+    has, lent = agent.lend(pieces[1:], 150, "b")
+    assert (has, list(lent)) == (True, pieces[1:2]), "in their order, about so many bytes"
+    for n in range(1, LENDS):
+        assert agent.lend(pieces, 1000, f"c{n}")[1]
+    assert agent.lend(pieces, 1000, "d") == (True, {}), "busy"
+    assert agent.lend(["x" * 64], 1000, "d") == (False, {})
+    assert agent.lend(pieces, 1000, "b")[1], "who borrows already may on"
+    agent.returned("b")
+    assert agent.lend(pieces, 1000, "d")[1]
+    clock.now += LEND_S + 1
+    assert all(agent.lend(pieces, 1000, f"e{n}")[1] for n in range(LENDS))
+    assert agent.status()["given"] == 100 + 300 * (2 * LENDS + 1)
 
 
 def test_T35_a_version_of_the_library_comes_from_its_files_if_these_are_whole(
@@ -292,6 +331,9 @@ async def test_the_directory_knows_the_newest_of_each_run_and_forgets_nodes() ->
     await directory.have(["x", "y"], second)
     await directory.have(["x"], first)
     assert await directory.watch() == {"m": "m@run.a.2"}
+    await directory.have(["a"], second)
+    assert await directory.nodes("m@run.a.2") == ["x", "y", "a"], "the maker first"
+    await directory.gone("a")
     await directory.gone("x")
     assert await directory.refs() == {"m@run.a.2": ["y"]}
     await directory.lost("y", "m@run.a.2")
