@@ -38,9 +38,9 @@ class Report:
     """Adapters that it can answer with, and the held version that each adds to."""
     adapters_active: tuple[str, ...] = ()
     """Of these the ones that answer for their bare names."""
-    node: str = ""
+    node: str = field(default="", compare=False)
     """The machine that it runs on,"""
-    free_bytes: int | None = None
+    free_bytes: int | None = field(default=None, compare=False)
     """and the memory free there, roughly."""
 
 

@@ -126,8 +126,8 @@ class Releases:
         """Take what a replica has just brought about."""
         model = self._model(name, alias)
         model.seen_s[replica] = self._clock()
-        if model.reports.get(replica) != report:
-            model.reports[replica] = report
+        before, model.reports[replica] = model.reports.get(replica), report
+        if before != report:
             self.changed()
 
     async def leave(self, name: str, replica: str) -> None:

@@ -13,6 +13,7 @@ from cluster.errors import EngineError, RequestError, RoundhouseError
 from cluster.library.ref import NEWEST, Ref
 from cluster.library.store import Library
 from cluster.text.chat import ChatText
+from serve_apps import room
 from serve_apps.config import ModelConfig
 from serve_apps.engine.interface import Engine
 from serve_apps.engine.lora_files import CONFIG
@@ -218,6 +219,8 @@ class Versions:
             self._texts[version] = await self._load_from(self._shelf, version)
             return
         found = self._library.resolve(version)
+        if self._texts:
+            room.check(version, found.manifest.architecture.parameters, self._engine.info)
         text = await asyncio.to_thread(ChatText.shared, found.path)
         await self._engine.load(version, str(found.path))
         self._texts[version] = text
@@ -272,9 +275,10 @@ class Versions:
 
     def _report(self) -> Report:
         held = tuple(sorted(self._texts))
+        where = room.node(), room.free_bytes()
         if not self._answering:
-            return Report(failed=dict(self._failed))
-        return Report(self._active, held, self._unfit | self._failed, *self._adapters)
+            return Report(None, (), dict(self._failed), {}, (), *where)
+        return Report(self._active, held, self._unfit | self._failed, *self._adapters, *where)
 
     async def _tell(self) -> None:
         if self._board is None:
