@@ -95,7 +95,10 @@ def lost(replicas: Mapping[str, Report], known: Iterable[str]) -> str:
 
 def entered(policy: ReleasePolicy, seen: Seen) -> Decision:
     """Decide whether the first step may begin: before any user gets an answer."""
-    return _before(policy.gates, seen) or Advance(_passed(policy.gates))
+    decision = _before(policy.gates, seen) or Advance(_passed(policy.gates))
+    if isinstance(decision, Hold) and seen.elapsed_s > policy.hold_s:
+        return Rollback(f"{decision.why}, still so after {policy.hold_s:g} s (hold_s)")
+    return decision
 
 
 def stepped(policy: ReleasePolicy, step: Step, seen: Seen) -> Decision:
