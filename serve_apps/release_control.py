@@ -339,10 +339,12 @@ class Conductor:
 
     def _seen(self, going: Going) -> Seen:
         theirs = going.counts.get(going.champion, Counts())
+        if going.record.moved.percent >= 100 or not theirs.requests:
+            theirs = going.before  # what still comes in of it began in the window before
         return Seen(
             elapsed_s=self._clock() - going.since_s,
             candidate=going.counts.get(going.record.ref, Counts()),
-            champion=theirs if theirs.requests else going.before,
+            champion=theirs,
             golden=going.golden,
             evaluations=going.judged,
             approved=going.record.approved,

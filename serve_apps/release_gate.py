@@ -211,11 +211,14 @@ def _passed(gates: Gates) -> str:
 
 def _told(seen: Seen) -> str:
     ours, theirs = seen.candidate, seen.champion
-    said = [f"{ours.requests} requests, {ours.errors} failed"]
+    said = [f"{ours.requests} requests, {ours.errors} failed"] if ours.requests else []
     if ours.ttft_p95 is not None and theirs.ttft_p95 is not None:
         said.append(f"first token {ours.ttft_p95:.3f} s (champion {theirs.ttft_p95:.3f} s)")
     if ours.tokens_per_s and theirs.tokens_per_s:
         said.append(f"{ours.tokens_per_s:.1f} tokens/s (champion {theirs.tokens_per_s:.1f})")
-    if ours.compared:
-        said.append(f"{ours.matched} of {ours.compared} shadows the same")
-    return "; ".join(said)
+    if ours.shadows:
+        said.append(
+            f"{ours.shadows} shadows in {ours.shadow_s / ours.shadows:.2f} s each (champion "
+            f"{ours.shadowed_s / ours.shadows:.2f} s), {ours.matched} of {ours.compared} the same"
+        )
+    return "; ".join(said) or "its time is over"

@@ -94,7 +94,7 @@ async def cluster(
         while True:
             await asyncio.sleep(0.002)
             if canary := releases._conductor.canary("tiny"):
-                theirs = Counts(requests=10) if canary.percent < 100 else Counts()
+                theirs = Counts(requests=10 if canary.percent < 100 else 1)
                 ours = fed if fed is not None else Counts(requests=2)
                 await releases.count({canary.release: {NEW: ours, OLD: theirs}})
 
@@ -143,7 +143,9 @@ async def test_RC05_a_better_one_is_promoted_by_itself(library: Library) -> None
     assert says.asked >= 3, "before each step and before the end"
     last = library.alias_history("tiny")[-1]
     assert (last.alias, last.by) == ("champion", "release 1")
-    assert "requests, 0 failed" in next(e.why for e in done.entries if e.what == "promoting")
+    end = next(entry for entry in done.entries if entry.what == "promoting")
+    assert "requests, 0 failed" in end.why
+    assert end.seen["champion"]["requests"] % 10 == 0, "of the last window that was its own"
 
 
 async def test_RC05_golden_prompts_that_fail_end_it_before_anybody_is_answered(
