@@ -48,9 +48,10 @@ class Traffic(Frozen):
     )
     """A number alone is a step with the defaults of the others. The last gate is behind the last
     step; the champion moves after it, whatever its percentage."""
-    sticky: Literal["user", "session", "none"] = "user"
-    """Whose requests stay on one side: those with the same field ``user``, or with the same header
-    ``x-roundhouse-session``. A request without one is drawn by itself."""
+    sticky: Literal["user", "session", "conversation", "none"] = "user"
+    """Which requests stay on one side: those with the same field ``user``, with the same header
+    ``x-roundhouse-session``, or chats that begin alike, up to the first turn of a user. A request
+    that has no such thing is drawn by itself."""
 
     @model_validator(mode="after")
     def _only_grows(self) -> Traffic:

@@ -55,7 +55,7 @@ class Canary:
     """What answers the rest."""
     percent: float = 0.0
     sticky: str = "none"
-    """``user``, ``session`` or ``none``: what keeps requests on one side."""
+    """``user``, ``session``, ``conversation`` or ``none``: what keeps requests on one side."""
     shadow_percent: float = 0.0
     shadow_concurrent: int = 1
 

@@ -16,6 +16,7 @@ from cluster.errors import RequestError
 from serve_apps.calls import Call, Event
 from serve_apps.config import Limits
 from serve_apps.gateway.backend import Backend, events
+from serve_apps.gateway.errors import encode
 from serve_apps.release_counts import Counts
 from serve_apps.release_policy import Canary, Served, served_id
 
@@ -59,11 +60,26 @@ def key_of(
     canary: Canary, given: Mapping[str, Any], headers: Mapping[str, str], tenant: str
 ) -> str:
     """Return what a request is told from others by; empty where it does not say."""
+    said: Any = None
     if canary.sticky == "user":
         said = given.get("user")
-    else:
-        said = headers.get(SESSION) if canary.sticky == "session" else None
+    elif canary.sticky == "session":
+        said = headers.get(SESSION)
+    elif canary.sticky == "conversation":
+        said = _beginning(given.get("messages"))
     return f"{tenant}\n{said[:MAX_KEY_CHARS]}" if isinstance(said, str) and said else ""
+
+
+def _beginning(messages: Any) -> str | None:
+    """Return what tells a conversation from others: a hash of all up to its first question."""
+    if not isinstance(messages, list):
+        return None
+    told = hashlib.blake2b(digest_size=16)
+    for message in messages:
+        told.update(encode(message))
+        if message.get("role") == "user":
+            break
+    return told.hexdigest()
 
 
 class Traffic:

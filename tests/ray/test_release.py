@@ -132,6 +132,7 @@ def test_RC05_T31_golden_prompts_that_fail_end_it_before_anybody_is_answered(
     assert "'Where?' was answered" in done.entries[-1].why
     assert "'Hi'" not in done.entries[-1].why
     assert {version for _, version in said(crowd)} == {"relay@1"}
+    assert [client.failures for client in crowd] == [[], [], []]
     assert library(relay).aliases(NAME)["champion"] == 1
 
 

@@ -120,6 +120,26 @@ def test_sides_stay_by_user_or_by_session_within_a_tenant() -> None:
     assert nobody == Choice(by_session.canary, True), "drawn"  # type: ignore[arg-type]
 
 
+def test_a_conversation_stays_on_its_side_as_it_grows() -> None:
+    served = replace(SERVED, canary=replace(CANARY, percent=50.0, sticky="conversation"))
+    sides = []
+    for n in range(40):
+        messages: list[dict[str, str]] = [{"role": "system", "content": "Be kind."}]
+        seen = set()
+        for turn in range(4):
+            messages.append({"role": "user", "content": f"question {n} {turn}"})
+            choice = Traffic().choose(served, "tiny", None, {"messages": messages}, {}, "")
+            assert choice
+            seen.add(choice.candidate)
+            messages.append({"role": "assistant", "content": "answer"})
+        assert len(seen) == 1
+        sides += seen
+    assert 5 <= sum(sides) <= 35
+    raw = Traffic(draw=lambda: 0.0).choose(served, "tiny", None, {"prompt": "a"}, {}, "")
+    assert raw
+    assert raw.candidate, "a text has no beginning: it is drawn"
+
+
 async def test_what_is_answered_is_counted_on_its_side() -> None:
     times = iter(n / 10 for n in range(1000))
     traffic = Traffic(clock=lambda: next(times))
