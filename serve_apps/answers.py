@@ -124,7 +124,6 @@ async def answer(
     index: int,
     stream: Stream,
     reading: Reading,
-    version: str,
     prompt_tokens: int,
     interval: Callable[[], float | None] = lambda: 0.0,
     clock: Callable[[], float] | None = None,
@@ -156,7 +155,7 @@ async def answer(
         info = reading.prompt
         cached = min(info.cached_tokens, prompt_tokens) if info else 0
         yield Event(
-            *(version, index, out, prompt_tokens, reading.tokens, reading.finish),
+            *(stream.version, index, out, prompt_tokens, reading.tokens, reading.finish),
             *(cached, scores, tools, info.queued_s if info and first else None),
         )
         first = False

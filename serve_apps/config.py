@@ -156,6 +156,9 @@ class ModelConfig(Frozen):
     replicas: PositiveInt = 1
     drain_s: PositiveFloat = 30.0
     """How long running requests may go on when a version or a replica is retired."""
+    update: Literal["finish", "recompute"] = "finish"
+    """What becomes of requests that run when a new version goes live: they ``finish`` on the old
+    one, or those without a token of their answer begin anew on the new one (``recompute``)."""
     num_cpus: PositiveFloat = 1.0
     """Logical CPUs reserved for each rank."""
     num_gpus: float = Field(0.0, ge=0)

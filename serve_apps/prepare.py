@@ -54,6 +54,8 @@ class Plan:
                 priority=call.priority,
                 deadline_s=call.deadline_s,
                 salt=call.salt,
+                # the answers of one call come from one version
+                pinned=call.version is not None or len(wanted) > 1,
             )
             for index, prompt in enumerate(wanted)
         ]

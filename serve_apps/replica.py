@@ -157,7 +157,7 @@ class Replica:
             for request in plan.requests(call):
                 streams.append(self._engine.generate(request, version))
             answers = [
-                self._answer(index, stream, call, plan, text, version)
+                self._answer(index, stream, call, plan, text)
                 for index, stream in enumerate(streams)
             ]
             async with aclosing(answers[0] if len(answers) == 1 else merge(answers)) as events:
@@ -169,7 +169,7 @@ class Replica:
                 await stream.aclose()
 
     def _answer(
-        self, index: int, stream: Stream, call: Call, plan: Plan, text: ChatText, version: str
+        self, index: int, stream: Stream, call: Call, plan: Plan, text: ChatText
     ) -> AsyncGenerator[Event, None]:
         number, choice = divmod(index, call.n)
         prompt = plan.prompts[number]
@@ -182,7 +182,7 @@ class Replica:
         )
         # a prompt is counted once, with the first of its answers
         billed = 0 if choice else len(prompt.ids)
-        return answer(index, stream, reading, version, billed, lambda: self._interval(call))
+        return answer(index, stream, reading, billed, lambda: self._interval(call))
 
     def _interval(self, call: Call) -> float | None:
         """Return how long a chunk waits for others now: longer while many answers stream."""

@@ -45,6 +45,7 @@ def _request(ask: Ask, number: int) -> EngineRequest:
         max_tokens=ask.max_tokens,
         sampling=sampling,
         stop_ids=ask.stop_ids,
+        pinned=True,  # the trainer is told one version for all of its samples
     )
 
 

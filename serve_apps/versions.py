@@ -204,13 +204,29 @@ class Versions:
             await self._tell()
         if order.active in self._texts and order.active != self._active:
             await self._engine.activate(order.active)
-            self._active = order.active
+            before, self._active = self._active, order.active
             log.info("%s answers", order.active)
+            await self._move(before, order.active)
             await self._tell()
         bases = {self._bases[v] for v in (*wanted, self._active) if v in self._bases}
         for version in set(self._texts) - wanted - {self._active} - bases:
             del self._texts[version]
             self._draining[version] = asyncio.create_task(self._release(version))
+
+    async def _move(self, source: str | None, target: str) -> None:
+        """Recompute what has no token yet, where that is asked for and both encode alike."""
+        old, new = self._texts.get(source or ""), self._texts[target]
+        if self._config.update != "recompute" or source is None or old is None:
+            return
+        if not await asyncio.to_thread(new.is_as, old):
+            log.info("%s reads text otherwise than %s: requests stay there", target, source)
+            return
+        try:
+            count = await self._engine.move(source, target)
+        except EngineError as error:  # they finish where they are
+            log.error("requests stay with %s: %s", source, error)
+        else:
+            log.info("%d requests moved from %s to %s", count, source, target)
 
     async def _load(self, version: str) -> None:
         if going := self._draining.get(version):

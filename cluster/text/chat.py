@@ -141,6 +141,15 @@ class ChatText:
         """Return the tokenizer as text, with what its config calls special marked so."""
         return str(self._tokenizer.to_str())
 
+    def is_as(self, other: ChatText) -> bool:
+        """Say whether both encode and decode alike; a fraction of a second for two objects."""
+        if self is other:
+            return True
+        mine, theirs = (
+            (text.template_source, text.named_ids, text.eos_ids) for text in (self, other)
+        )
+        return mine == theirs and self.tokenizer_json() == other.tokenizer_json()
+
     @property
     def knows_tools(self) -> bool:
         """Whether the chat template has a place for tools."""

@@ -43,6 +43,7 @@ class _Held:
     request: EngineRequest
     task: asyncio.Task[None] | None = None
     running: bool = False
+    generated: int = 0
     admitted: float = 0.0
     prompt: PromptInfo | None = None
 
@@ -109,6 +110,19 @@ class FakeEngine(Engine):
         del self._versions[version]
         await self._drain(version, drain_s)
 
+    async def move(self, source: str, target: str) -> int:
+        """Give what has no token yet to ``target``."""
+        self._alive()
+        if self._adapters.get(target, target) not in self._versions:
+            raise EngineError(f"{target} is not loaded; loaded: {sorted(self._versions)}")
+        moved = 0
+        for held in self._held.values():
+            fresh = held.generated == 0 and not held.request.pinned
+            if held.answer.version == source and fresh:
+                held.answer.version = target
+                moved += 1
+        return moved
+
     async def load_adapter(
         self, adapter: str, base: str, directory: str, holder: str | None = None
     ) -> None:
@@ -130,9 +144,13 @@ class FakeEngine(Engine):
         await self._drain(adapter, drain_s)
 
     async def _drain(self, version: str, drain_s: float) -> None:
-        tasks = [h.task for h in self._held.values() if h.answer.version == version and h.task]
-        if tasks:
-            await asyncio.wait(tasks, timeout=drain_s)
+        until = time.monotonic() + drain_s
+        while any(h.answer.version == version for h in self._held.values()):
+            left = until - time.monotonic()
+            tasks = [h.task for h in self._held.values() if h.task]  # whichever makes room
+            if left <= 0 or not tasks:
+                break
+            await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         for held in [h for h in self._held.values() if h.answer.version == version]:
             self._end(held, "abort")
 
@@ -240,6 +258,7 @@ class FakeEngine(Engine):
                 else fake_token(request.prompt_ids, held.answer.version, k - 1)
             )
             self._generated += 1
+            held.generated += 1
             if token in request.stop_ids and k <= request.sampling.min_tokens:
                 token = FIRST_ID
             if token in request.stop_ids:

@@ -76,6 +76,8 @@ class EngineRequest:
     """Seconds from admission: a request that has not started by then never does."""
     salt: str = ""
     """Requests share cached prefixes only with those of the same salt: one per tenant."""
+    pinned: bool = False
+    """Whoever asked named the version: ``Engine.move`` leaves it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,10 @@ class Stream(Protocol):
     ``max_tokens`` ids and never slows the others down.
     """
 
+    @property
+    def version(self) -> str:
+        """What answers. It may change until the first chunk has come, and never afterwards."""
+
     def __aiter__(self) -> Self: ...
 
     async def __anext__(self) -> Chunk: ...
@@ -206,6 +212,14 @@ class Engine(Protocol):
         """Wait for the version's requests (at most ``drain_s``, then abort them), free it.
 
         The active version is refused. Cached keys and values of the version are gone afterwards.
+        """
+
+    async def move(self, source: str, target: str) -> int:
+        """Compute on ``target`` what has no token from ``source`` yet; return how many requests.
+
+        Both are loaded, and encode text alike. Their prompts are computed anew: no request ever
+        sees keys and values of two versions. Pinned requests stay, as do those with a grammar or
+        with scored prompts.
         """
 
     async def load_adapter(

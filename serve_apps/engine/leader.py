@@ -56,6 +56,8 @@ class Leader(Rank):
             elif todo is None:
                 self._group.send({"t": "stop"})
                 return
+            elif todo["t"] == "move":
+                self._move(todo)
             else:
                 self._group.send(todo)
                 if todo["t"] == "release":
@@ -111,6 +113,28 @@ class Leader(Rank):
             outputs = self._scheduler.complete(step, picked, scores)
             self._forget([o.request_id for o in outputs if o.finish])
         self._send_step(outputs)
+
+    def _move(self, message: dict[str, Any]) -> None:
+        """Begin requests without a token anew on other weights; between two steps."""
+        (old, _), (new, adapter) = message["source"], message["target"]
+        with self._changed:
+            moved: list[Running] = []
+            if self._scheduler and new in self._models:
+                moved = self._scheduler.move(tuple(message["source"]), (new, adapter))
+            for request in moved:
+                self._pickers[old].forget(request.request_id)
+                self._pickers[new].add(
+                    request.request_id,
+                    request.ids,
+                    request.sampling,
+                    request.seed,
+                    request.stop_ids,
+                )
+        # told in the order of steps: the front must know it before their first tokens come
+        ids = [request.request_id for request in moved]
+        told = {"moved": ids, "to": adapter or new}
+        self._send({"t": "step", "n": self._steps, "out": [], **told})
+        self._reply(message, {"moved": len(ids)})
 
     def _compute(self, step: Step) -> tuple[Sequence[Picked], list[list[Logprob]]]:
         plan = step.plan()
@@ -173,6 +197,10 @@ class Leader(Rank):
                 self._changed.notify_all()
         elif kind == "release":
             self._release(message)
+        elif kind == "move":
+            with self._changed:
+                self._releases.append(message)  # in the order of steps
+                self._changed.notify_all()
         elif kind == "stats":
             self._reply(message, self._stats())
         elif kind == "stop":
@@ -273,6 +301,7 @@ def _running(message: dict[str, Any]) -> Running:
         priority=message["priority"],
         salt=message["salt"],
         adapter=message.get("adapter", ""),
+        pinned=message.get("pinned", False),
         added_at=now,
         deadline=None if within is None else now + within,
     )

@@ -90,7 +90,8 @@ class Adapters:
     ) -> int:
         """Read an adapter and hold it; return its bytes. EngineError says what does not fit.
 
-        ``stored`` has its tensors where ``directory`` has only what they need beside them. Steps may be computed meanwhile, as long as no row of theirs has this adapter yet.
+        ``stored`` has its tensors where ``directory`` has only what they need beside them. Steps
+        may be computed meanwhile, as long as no row of theirs has this adapter yet.
         """
         parts = self._cut(adapter, read_parts(adapter, directory, max_rank, stored))
         if native is not None:

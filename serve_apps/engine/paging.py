@@ -29,6 +29,8 @@ class Running:
     priority: int = 0
     salt: str = ""
     adapter: str = ""
+    pinned: bool = False
+    """Its version was asked for by name."""
     added_at: float = 0.0
     deadline: float | None = None
     """On the clock of ``Scheduler.next_step``; only for requests that have not started."""
@@ -75,6 +77,12 @@ class Running:
         if self.sampling.prompt_logprobs is None:
             return self.prompt_len - 1
         return len(self.scores)
+
+    @property
+    def may_move(self) -> bool:
+        """Whether nobody would see if another version computed it from its beginning."""
+        plain = self.sampling.grammar is None and self.sampling.prompt_logprobs is None
+        return plain and not (self.pinned or self.told or self.answered)
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -184,6 +192,13 @@ class Paging:
         # A new table, not an emptied one: a step that is being computed may still read the old.
         request.blocks = array("i")
         request.cached = request.published = 0
+
+    def rename(self, request: Running, version: str, adapter: str) -> None:
+        """Make a request that has no blocks one of another version: it shares none of the old."""
+        assert not request.blocks
+        request.version, request.adapter = version, adapter
+        request.keys.clear()
+        request.awaits = None
 
     def check(self, running: Iterable[Running]) -> None:
         """Assert that tables and pool agree, and that who is waited for does run."""

@@ -86,6 +86,20 @@ class Scheduler:
         assert not self.holds(version, adapter)
         self.paging.pool.forget(version, adapter)
 
+    def move(self, source: tuple[str, str], target: tuple[str, str]) -> list[Running]:
+        """Have requests without a token begin anew on other weights; return them.
+
+        ``source`` and ``target`` are (version, adapter). Call it between two steps.
+        """
+        mine = [r for r in self._by_id.values() if (r.version, r.adapter) == source and r.may_move]
+        for request in mine:
+            if request.blocks:
+                self.running.remove(request)
+                self.paging.drop(request)
+                insort(self.waiting, request, key=_rank)
+            self.paging.rename(request, *target)
+        return mine
+
     def abort(self, request_id: str) -> bool:
         """Drop a request; its blocks are free for the next step. False when it is unknown.
 

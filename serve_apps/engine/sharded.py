@@ -152,6 +152,18 @@ class ShardedEngine(Engine):
         bound = CALL_TIMEOUT_S + self._config.start_timeout_s
         await self._ranks.call("release", bound, version=version)
 
+    async def move(self, source: str, target: str) -> int:
+        """Compute on ``target`` what has no token from ``source`` yet; return how many requests."""
+        self._refuse_unknown(self._adapters.get(target, target))
+        ends = {"source": self._weights_of(source), "target": self._weights_of(target)}
+        told = await self._ranks.call("move", CALL_TIMEOUT_S, **ends)
+        return int(told["moved"])
+
+    def _weights_of(self, version: str) -> tuple[str, str]:
+        """Return the version whose weights are computed, and what is added to them."""
+        base = self._adapters.get(version)
+        return (base, version) if base else (version, "")
+
     # Adapters
 
     async def load_adapter(
@@ -289,6 +301,10 @@ class ShardedEngine(Engine):
                 continue  # aborted here while the ranks computed
             answer = self._end(told.request_id) if told.finish else self._answers[told.request_id]
             answer.push(told.token_ids, told.finish, told.error, told.logprobs, told.prompt)
+        for request_id in message.get("moved", ()):
+            if request_id in self._answers:
+                self._answers[request_id].version = message["to"]
+                self._idle.set()  # what waits for the other version to be free looks again
         for request_id in message.get("expired", ()):
             if request_id in self._answers:
                 self._end(request_id).fail(_too_late())

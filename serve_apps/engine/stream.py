@@ -112,6 +112,11 @@ class TokenStream:
         self._loop = asyncio.get_running_loop()
         self._ended = False
 
+    @property
+    def version(self) -> str:
+        """What answers; settled with the first chunk."""
+        return self._answer.version
+
     def __aiter__(self) -> Self:
         return self
 

@@ -98,6 +98,7 @@ def pack_request(request: EngineRequest, version: str, adapter: str = "") -> dic
         "deadline_s": request.deadline_s,
         "salt": request.salt,
         **({"adapter": adapter} if adapter else {}),
+        **({"pinned": True} if request.pinned else {}),
     }
 
 

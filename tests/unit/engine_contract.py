@@ -200,6 +200,26 @@ async def a_version_is_fixed_at_admission(engine: Engine) -> None:
     assert [*first.token_ids, *rest] == alone != fresh
 
 
+async def what_has_no_token_moves_and_all_else_stays_sc10(engine: Engine) -> None:
+    there = await answer(engine, ask(max_tokens=60), "m@2")
+    begun = [engine.generate(ask(max_tokens=LONG)) for _ in range(2)]
+    first = [await anext(stream) for stream in begun]
+    waiting = engine.generate(ask(max_tokens=60))
+    named = engine.generate(ask(max_tokens=60, pinned=True), "m@1")
+    assert await engine.move("m@1", "m@2") == 1
+    assert [s.version for s in (*begun, waiting, named)] == ["m@1", "m@1", "m@2", "m@1"]
+    for stream in begun:
+        await stream.aclose()
+    moved = [t async for c in waiting for t in c.token_ids]
+    stayed = [t async for c in named for t in c.token_ids]
+    assert moved == there != stayed == await answer(engine, ask(max_tokens=60), "m@1")
+    assert first[0].token_ids[0] == stayed[0]
+    assert await engine.move("m@1", "m@2") == 0
+    with pytest.raises(EngineError, match="not loaded"):
+        await engine.move("m@1", "m@7")
+    await settled(engine, idle)
+
+
 async def the_active_or_an_unknown_version_is_not_released(engine: Engine) -> None:
     with pytest.raises(EngineError, match="active"):
         await engine.release("m@1", 0.0)
@@ -233,6 +253,7 @@ CONTRACT: list[Callable[[Engine], Awaitable[None]]] = [
     an_id_in_use_is_refused,
     versions_answer_side_by_side,
     a_version_is_fixed_at_admission,
+    what_has_no_token_moves_and_all_else_stays_sc10,
     the_active_or_an_unknown_version_is_not_released,
     health_needs_a_token,
 ]

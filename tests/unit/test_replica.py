@@ -44,7 +44,7 @@ class Stage:
 
 @asynccontextmanager
 async def stage(
-    tmp_path: Path, count: int = 1, drain_s: float = 5.0, **fake: object
+    tmp_path: Path, count: int = 1, drain_s: float = 5.0, update: str = "finish", **fake: object
 ) -> AsyncIterator[Stage]:
     library = Library(tmp_path / "library")
     publish(library, tmp_path, mark="a")
@@ -52,7 +52,8 @@ async def stage(
     publish(library, tmp_path, mark="b")
     releases = Releases(library)
     engine = Fake.model_validate({"kind": "fake", **fake})
-    config = ModelConfig(model="tiny", engine=engine, drain_s=drain_s)
+    fields = {"model": "tiny", "engine": engine, "drain_s": drain_s, "update": update}
+    config = ModelConfig.model_validate(fields)
     engines = [FakeEngine(engine) for _ in range(count)]
     replicas = [Replica(config, e, library, releases, f"r{n}") for n, e in enumerate(engines)]
     try:
@@ -80,6 +81,8 @@ async def version(replica: Replica, **fields: object) -> str:
 
 class Script:
     """An engine's stream that says what it is told."""
+
+    version = "v"
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self._chunks, self.closed = iter(chunks), False
@@ -119,7 +122,7 @@ def test_SC21_SC22_any_cut_of_the_tokens_gives_the_same_answer(
         chunks = [Chunk("c", part) for part in parts] + [Chunk("c", (), "stop")]
         stream = Script(chunks)
         reading = Reading(TEXT.stream(), stops)
-        events = [e async for e in answer(0, stream, reading, "v", 1)]
+        events = [e async for e in answer(0, stream, reading, 1)]
         assert all("\ufffd" not in event.text for event in events)
         text = "".join(event.text for event in events)
         return text, events[-1].finish, events[-1].completion_tokens, stream.closed
@@ -134,7 +137,7 @@ def test_SC21_SC22_any_cut_of_the_tokens_gives_the_same_answer(
 async def test_SC26_a_stream_that_ends_without_a_reason_is_an_error() -> None:
     broken: Stream = Script([Chunk("c", (65,))])
     with pytest.raises(EngineError, match="without a reason"):
-        [e async for e in answer(0, broken, Reading(TEXT.stream()), "v", 1)]
+        [e async for e in answer(0, broken, Reading(TEXT.stream()), 1)]
 
 
 EDGES = {
@@ -182,6 +185,26 @@ async def test_requests_of_the_old_version_finish_on_it(tmp_path: Path) -> None:
         assert {e.version for e in events if isinstance(e, Event)} == {"tiny@1"}
         assert isinstance(events[-1], Event)
         assert (events[-1].finish, events[-1].completion_tokens) == ("length", 20)
+
+
+@pytest.mark.parametrize("update", ["finish", "recompute"])
+async def test_what_waits_when_a_version_goes_live_finishes_or_begins_anew(
+    tmp_path: Path, update: str
+) -> None:
+    async with stage(tmp_path, update=update, token_delay_s=0.02, max_concurrent=1) as s:
+        [replica], [engine] = s.replicas, s.engines
+        begun = asyncio.create_task(ask(replica, call("begun", 20)))
+        await until(lambda: any(h.generated for h in engine._held.values()), "it has a token")
+        waits = asyncio.create_task(ask(replica, call("waits", 3)))
+        named = asyncio.create_task(ask(replica, call("named", 3, version="tiny@1")))
+        pair = asyncio.create_task(ask(replica, call("pair", 3, n=2)))
+        await until(lambda: len(engine._held) == 5, "all of them are there")
+        await s.releases.promote("tiny", 2)
+        answers = {n: await t for n, t in zip("bwnp", (begun, waits, named, pair), strict=True)}
+        assert not [e for es in answers.values() for e in es if isinstance(e, Refusal)]
+        told = {n: {e.version for e in events} for n, events in answers.items()}  # type: ignore[union-attr]
+        new = "tiny@2" if update == "recompute" else "tiny@1"
+        assert told == {"b": {"tiny@1"}, "w": {new}, "n": {"tiny@1"}, "p": {"tiny@1"}}
 
 
 async def test_a_request_longer_than_the_drain_is_told(tmp_path: Path) -> None:
