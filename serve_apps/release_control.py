@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pydantic import ValidationError
+
 from cluster.errors import LibraryError, ReleaseError, RoundhouseError
 from cluster.library import releases as records
 from cluster.library.releases import Happening, Release
@@ -161,7 +163,11 @@ class Conductor:
         if record is None:
             return
         now = self._clock()
-        going = Going(record, ReleasePolicy.model_validate(record.policy), now, now + LISTEN_S)
+        try:
+            policy, broken = ReleasePolicy.model_validate(record.policy), ""
+        except ValidationError as error:  # written by other code than this
+            policy, broken = ReleasePolicy(), f"its policy cannot be read: {error}"
+        going = Going(record, policy, now, now + LISTEN_S, broken=broken)
         going.before = from_json(record.moved.seen.get("champion", {}))
         log.warning("release of %s goes on: %s", record.ref, record.moved.what)
         self._begin(going)
@@ -201,7 +207,12 @@ class Conductor:
     def candidate(self, name: str, replica: str) -> str | None:
         """Return what a replica should hold beside the version that answers."""
         record = self.running(name)
-        return record.ref if record and replica in self._going[name].allowed else None
+        if record is None:
+            return None
+        report = self._stage.live(name).get(replica)
+        # after a restart nobody lets go of what it holds before we have looked around
+        held = report is not None and record.ref in report.held
+        return record.ref if held or replica in self._going[name].allowed else None
 
     def canary(self, name: str) -> Canary | None:
         """Return what gateways need to know of a model's release."""

@@ -240,6 +240,26 @@ async def test_somebody_who_moves_the_alias_ends_it(library: Library) -> None:
     assert done.entries[-1].why == "tiny@champion was moved to version 3 meanwhile"
 
 
+async def test_a_successor_takes_the_candidate_from_nobody(library: Library) -> None:
+    async with cluster(library, FakeReplica("r0"), fed=Counts()) as releases:
+        await releases.start_release("tiny", 2, policy(STEPS), "me")
+        await until(lambda: "advanced" in happened(library), "it answers")
+    releases = Releases(library)
+    both = Report(OLD, (OLD, NEW))
+    assert await releases.watch("tiny", "champion", "r0", both, None) == Order(OLD, NEW)
+    served = (await releases.snapshot()).served["tiny"]
+    assert served.canary
+    assert served.canary.percent == 10
+    await releases.stop_release("tiny", "me")
+
+
+async def test_a_policy_that_newer_code_cannot_read_ends_the_release(library: Library) -> None:
+    records.begin(library.root, "tiny", "champion", 1, 2, {"gone": 1}, "me", "asked for")
+    async with cluster(library, FakeReplica("r0")):
+        done = await over(library)
+    assert "its policy cannot be read" in done.entries[-1].why
+
+
 class Killed(BaseException):
     """Ends a conductor where a signal would."""
 
