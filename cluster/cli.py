@@ -176,6 +176,9 @@ def doctor(as_json: AsJson = False) -> None:
 @keys_app.command("add")
 def keys_add(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")],
+    admin: Annotated[
+        bool, typer.Option("--admin", help="It may also load and unload models.")
+    ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -189,7 +192,7 @@ def keys_add(
         console.out(f"would add a key called {name} to {store.path}")
         console.result({"dry_run": True, "name": name, "file": store.path})
         return
-    plaintext = store.add(name)
+    plaintext = store.add(name, admin)
     if not as_json:
         console.out(plaintext)
     console.note("keep it: only its hash is stored")

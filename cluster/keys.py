@@ -18,6 +18,7 @@ from cluster.private import is_private, locked, make_private_dir, write_private
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PREFIX = "rh-"
 DEMO = "demo"
+ADMIN = "admin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class Key:
     last4: str
     created: str
     """UTC, ISO 8601."""
+    scope: str = ""
+    """``admin``: it may also load and unload models."""
 
     def __repr__(self) -> str:
         return f"Key(id={self.id!r}, name={self.name!r})"
@@ -49,8 +52,11 @@ class KeyStore:
         self._stamp: tuple[int, int, int] | None = None
         self._keys: tuple[Key, ...] = ()
 
-    def add(self, name: str) -> str:
-        """Make a key called ``name`` and return its plain text: the only time that it exists."""
+    def add(self, name: str, admin: bool = False) -> str:
+        """Make a key called ``name`` and return its plain text: the only time that it exists.
+
+        ``admin``: it may also use the routes under ``/admin``.
+        """
         check_name(name)
         plaintext = PREFIX + secrets.token_urlsafe(32)
         made = Key(
@@ -59,6 +65,7 @@ class KeyStore:
             sha256=_digest(plaintext),
             last4=plaintext[-4:],
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            scope=ADMIN if admin else "",
         )
         with self._changing():
             self._write((*self.list(), made))
@@ -142,7 +149,11 @@ def _parse(path: Path) -> tuple[Key, ...]:
     names = {field.name for field in fields(Key)}
     try:
         rows = json.loads(path.read_text())["keys"]
-        return tuple(Key(**{name: str(row[name]) for name in names}) for row in rows)
+        # a store of before there were scopes has none
+        return tuple(
+            Key(**{name: str(row[name]) for name in names - {"scope"}}, scope=row.get("scope", ""))
+            for row in rows
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ClusterError(
             f"{path} is not a key store ({type(error).__name__}); restore it, or delete it and "

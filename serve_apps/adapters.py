@@ -102,7 +102,10 @@ class Adapters:
     async def look(self) -> None:
         """Take in what the library says now, load what answers, tell the board."""
         async with self._looking:
-            await self._look()
+            if self._versions.sleeper.ready:
+                await self._look()
+            else:
+                self._users.clear()  # they went with the engine
 
     async def _look(self) -> None:
         held = self._versions.held

@@ -45,6 +45,7 @@ class ServedReplica:
         from cluster.meter import RayMeter
         from cluster.metrics import REPLICA as METRICS
         from serve_apps.engine.open import open_engine
+        from serve_apps.engine.restart import Restartable
         from serve_apps.releases_actor import RemoteReleases
         from serve_apps.replica import Replica
         from serve_apps.shelf import NodeShelf
@@ -53,7 +54,7 @@ class ServedReplica:
         model = ModelConfig.model_validate(config)
         who = serve.get_replica_context().replica_id.unique_id
         board = RemoteReleases(revision)
-        engine, meter = open_engine(model.engine), RayMeter(METRICS)
+        engine, meter = Restartable(lambda: open_engine(model.engine)), RayMeter(METRICS)
         self._replica = Replica(model, engine, Library(), board, who, meter, NodeShelf(who))
         try:
             await self._replica.start()
@@ -123,6 +124,8 @@ class ServedGateway:
         """Take new limits and models; what runs keeps those it began with."""
         new = GatewaySettings.model_validate(settings)
         self._gateway.limits, self._backend.expected = new.limits, new.models
+        memory = new.limits.models_memory_gb
+        self._backend.budget = None if memory is None else int(memory * 1e9)
 
     async def check_health(self) -> None:
         """Raise when the gateway has stopped following releases."""

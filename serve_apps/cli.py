@@ -25,7 +25,7 @@ Alias = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    for verb in (deploy, undeploy, promote, rollback, chat):
+    for verb in (deploy, undeploy, load, unload, promote, rollback, chat):
         app.command()(verb)
     app.add_typer(release_app, name="release")
 
@@ -82,6 +82,32 @@ def undeploy(
 
     changes = carry_out(name, current(), timeout, console.out, dry_run)
     console.result({"dry_run": dry_run, "changes": [_change(change) for change in changes]})
+
+
+def load(
+    name: Name, dry_run: DryRun = False, timeout: Timeout = 120.0, as_json: AsJson = False
+) -> None:
+    """Bring a deployed model into memory; others leave where the budget wants it."""
+    _come_or_go(name, True, timeout, dry_run, as_json)
+
+
+def unload(
+    name: Name, dry_run: DryRun = False, timeout: Timeout = 120.0, as_json: AsJson = False
+) -> None:
+    """Have a deployed model leave memory once it is idle; its next request brings it back."""
+    _come_or_go(name, False, timeout, dry_run, as_json)
+
+
+def _come_or_go(name: str, load: bool, timeout: float, dry_run: bool, as_json: bool) -> None:
+    console.use_json(as_json)
+    from serve_apps.loading import move
+
+    if dry_run:
+        console.out(f"would {'load' if load else 'unload'} {name}")
+    else:
+        move(name, load, timeout, console.out)
+        console.out(f"{name} is {'in memory' if load else 'out of memory'}")
+    console.result({"dry_run": dry_run, "name": name, "asleep": not load})
 
 
 def promote(

@@ -70,6 +70,10 @@ class Limits(Frozen):
     come later and are longer, the first of each excepted. By default 50 for each core of its
     node, since each chunk costs proxy, gateway and replica time of theirs; 0: no bound."""
 
+    models_memory_gb: PositiveFloat | None = None
+    """Memory (10^9 bytes) that models may take on each node: one that is asked for and does not
+    fit has those that were not asked for the longest leave. By default no bound."""
+
 
 class Fake(Frozen):
     """Tokens without a model: derived from the prompt, for tests and for trying clients."""
@@ -159,6 +163,11 @@ class ModelConfig(Frozen):
     update: Literal["finish", "recompute"] = "finish"
     """What becomes of requests that run when a new version goes live: they ``finish`` on the old
     one, or those without a token of their answer begin anew on the new one (``recompute``)."""
+    idle_s: PositiveFloat | None = None
+    """Without a request for so long, the model leaves memory, and comes back with the next one;
+    by default never."""
+    wake_s: PositiveFloat = 30.0
+    """How long a request waits for a model that is not in memory before it is answered 503."""
     num_cpus: PositiveFloat = 1.0
     """Logical CPUs reserved for each rank."""
     num_gpus: float = Field(0.0, ge=0)

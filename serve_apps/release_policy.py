@@ -22,6 +22,8 @@ class Order:
     """The version that answers, as ``name@3``; ``None``: the alias points nowhere."""
     also: str | None = None
     """A version to hold beside it: the target of a promotion."""
+    asleep: bool = False
+    """Whether its memory should be free: no engine, until somebody asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,14 @@ class Report:
     """The machine that it runs on,"""
     free_bytes: int | None = field(default=None, compare=False)
     """and the memory free there, roughly."""
+    asleep: bool = False
+    """It has no engine now; it would answer with ``active`` once it is woken."""
+    idle_s: float = field(default=0.0, compare=False)
+    """Since its last request ended; 0 while one runs."""
+    idle_limit_s: float | None = field(default=None, compare=False)
+    """Its configuration's ``idle_s``."""
+    need_bytes: int | None = field(default=None, compare=False)
+    """Memory of its ranks while it is awake; ``None``: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +89,8 @@ class Served:
     bases: Mapping[str, str] = field(default_factory=dict)
     """Of an adapter's versions, what each adds to."""
     canary: Canary | None = None
+    asleep: bool = False
+    """Not in memory: the first request wakes it."""
 
     @property
     def model(self) -> str:

@@ -9,9 +9,10 @@ the old version finish, and release it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Protocol
@@ -39,6 +40,7 @@ from serve_apps.release_policy import (
     after_swap,
 )
 from serve_apps.rollout import bytes_of, granted, turns
+from serve_apps.sleep_keeper import Known, SleepKeeper
 
 MOVE_S = 180.0
 """Bound of the promotion at the end of a release."""
@@ -100,6 +102,7 @@ class Releases:
         self._locks: dict[str, asyncio.Lock] = {}
         self._changed = asyncio.Event()
         self._conductor = Conductor(self._library, self, asker, clock)
+        self._sleep = SleepKeeper(clock)
 
     async def revision(self) -> str:
         """Return the hash of the code that this actor runs."""
@@ -116,7 +119,7 @@ class Releases:
             self._following = asyncio.create_task(self._follow(self._shelf))
         await self.report(name, alias, replica, report)
         until = self._clock() + WATCH_S
-        while (order := self._order(name, alias, replica)) == have:
+        while (order := self._whole_order(name, alias, replica)) == have:
             # one that left meanwhile must not be brought back by its last question
             if not await self.wait(until) or name not in self._models:
                 break
@@ -146,6 +149,32 @@ class Releases:
             if not await self.wait(until):
                 break
         return now
+
+    async def keep_within(self, budget: int | None) -> None:
+        """Take note of the bytes that models may take of each node's memory."""
+        if budget != self._sleep.budget:
+            self._sleep.budget = budget
+            self.changed()
+
+    async def wake(self, name: str) -> str:
+        """Somebody waits for a model; return why it does not come yet, if that is known.
+
+        Raises ReleaseError for what is not deployed.
+        """
+        self._check_deployed(name)
+        why = self._sleep.wake(name)
+        self._look_at_sleep()
+        return why
+
+    async def unload(self, name: str) -> None:
+        """Have a model leave memory as soon as it is idle; ReleaseError: it is not deployed."""
+        self._check_deployed(name)
+        self._sleep.unload(name)
+        self._look_at_sleep()
+
+    async def sleeping(self) -> dict[str, bool]:
+        """Say of each deployed model whether it is out of memory."""
+        return {name: _asleep(self.live(name).values()) for name in self._models}
 
     async def names(self) -> list[str]:
         """Return the models that are deployed, those whose replicas are being rebuilt included."""
@@ -359,6 +388,35 @@ class Releases:
         except Conflict as error:
             raise ReleaseError(f"{error}; nothing changed") from None
 
+    def _whole_order(self, name: str, alias: str, replica: str) -> Order:
+        order = self._order(name, alias, replica)
+        self._look_at_sleep()
+        return replace(order, asleep=self._sleep.ordered(name))
+
+    def _look_at_sleep(self) -> None:
+        known = {
+            name: Known(
+                self.live(name),
+                model.target is not None or self._conductor.running(name) is not None,
+                functools.partial(self._estimate, name, model.alias),
+            )
+            for name, model in self._models.items()
+        }
+        if self._sleep.look(known):
+            self.changed()
+
+    def _estimate(self, name: str, alias: str) -> int:
+        try:
+            found = self._library.resolve(Ref(name, alias=alias))
+        except LibraryError:
+            return 0
+        return bytes_of(found.manifest.architecture.parameters)
+
+    def _check_deployed(self, name: str) -> None:
+        if name not in self._models:
+            known = ", ".join(sorted(self._models)) or "none"
+            raise ReleaseError(f"{name} is not deployed; deployed models: {known}")
+
     def _order(self, name: str, alias: str, replica: str) -> Order:
         model = self._model(name, alias)
         if model.target and replica in model.flipped:
@@ -407,6 +465,7 @@ class Releases:
                 aliases=self._aliases(name),
                 created=self._created(active[-1]) if active else 0,
                 canary=self._conductor.canary(name),
+                asleep=_asleep(reports),
             )
         return self._adapters(served) | served  # a deployed model goes before an adapter
 
@@ -471,3 +530,7 @@ class Releases:
         except TimeoutError:
             return False
         return True
+
+
+def _asleep(reports: Collection[Report]) -> bool:
+    return bool(reports) and all(report.asleep for report in reports)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from cluster import logs
 from cluster.errors import RoundhouseError
 from serve_apps.release_config import Golden
 from serve_apps.release_counts import Counts
@@ -26,6 +27,7 @@ class ClusterReleases(Releases):
     """What Ray runs: releases that follow the cluster's shelf."""
 
     def __init__(self, revision: str) -> None:
+        logs.speak()
         super().__init__(revision=revision, shelf=ClusterShelf(), asker=ClusterAsker())
 
 
@@ -146,6 +148,19 @@ class RemoteReleases:
     async def count(self, counts: Mapping[str, Mapping[str, Counts]]) -> None:
         """See :meth:`Releases.count`."""
         await self._call("count", counts)
+
+    async def wake(self, name: str) -> str:
+        """See :meth:`Releases.wake`."""
+        why: str = await self._call("wake", name)
+        return why
+
+    async def unload(self, name: str) -> None:
+        """See :meth:`Releases.unload`."""
+        await self._call("unload", name)
+
+    async def keep_within(self, budget: int | None) -> None:
+        """See :meth:`Releases.keep_within`."""
+        await self._call("keep_within", budget)
 
     async def _call(self, method: str, *args: Any) -> Any:
         import ray

@@ -98,7 +98,8 @@ class Replica:
 
         Raises RequestError for what cannot be answered, EngineError when the engine fails.
         """
-        return await answered(self._engine, ask, self._versions.pick(None)[0])
+        async with self._versions.sleeper.call():
+            return await answered(self._engine, ask, self._versions.pick(None)[0])
 
     def _refusal(self, call: Call, error: RequestError | EngineError) -> Refusal:
         if isinstance(error, RequestError):
@@ -115,8 +116,9 @@ class Replica:
     async def check_health(self) -> None:
         """Raise EngineError when the engine cannot produce a token within ``HEALTH_S``."""
         try:
-            async with asyncio.timeout(HEALTH_S):
-                await self._engine.check_health()
+            if self._versions.sleeper.ready:  # else there is no engine, or it is coming
+                async with asyncio.timeout(HEALTH_S):
+                    await self._engine.check_health()
             self._versions.check()
             self._adapters.check()
         except Exception as error:
@@ -139,6 +141,7 @@ class Replica:
 
     async def _events(self, call: Call) -> AsyncGenerator[Event, None]:
         async with (
+            self._versions.sleeper.call(),
             self._adapters.using(call.version) as base,
             aclosing(self._events_of(call, base)) as events,
         ):

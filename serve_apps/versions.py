@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -19,6 +20,7 @@ from serve_apps.engine.interface import Engine
 from serve_apps.engine.lora_files import CONFIG
 from serve_apps.release_policy import Order, Report
 from serve_apps.shelf import Shelf
+from serve_apps.sleeper import Sleeper
 
 AWAY_S = 0.5
 """Pause before the board is asked again after it did not answer."""
@@ -40,6 +42,9 @@ class Board(Protocol):
 
     async def leave(self, name: str, replica: str) -> None:
         """Say goodbye."""
+
+    async def wake(self, name: str) -> str:
+        """Have a model woken that somebody waits for; return why that takes longer, if it does."""
 
 
 class Versions:
@@ -72,6 +77,8 @@ class Versions:
         self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._answering = False
+        self.sleeper = Sleeper(config.name, engine, config.wake_s, self._ask_to_wake)
+        self._need: int | None = None
 
     async def start(self) -> None:
         """Load and activate the version that the first order names; then follow."""
@@ -83,9 +90,11 @@ class Versions:
             )
         if self._shelf is not None and self._config.alias == NEWEST:
             await self._shelf.open()
-        await self._load(self._order.active)
-        await self._engine.activate(self._order.active)
-        self._active, self._answering = self._order.active, True
+        if not self._order.asleep or not await self.sleeper.sleep():
+            await self._load(self._order.active)
+            await self._engine.activate(self._order.active)
+            self._active = self._order.active
+        self._answering = True
         if self._board is not None:
             self._tasks = [
                 asyncio.create_task(self._follow(self._board)),
@@ -176,7 +185,7 @@ class Versions:
                 log.warning("no order: %s", error)
                 await asyncio.sleep(AWAY_S)
                 continue
-            if order != self._order:
+            if order != self._order or order.asleep != self.sleeper.asleep:
                 self._order = order
                 self._news.set()
 
@@ -192,7 +201,37 @@ class Versions:
                 await self._obey(self._order)
                 await self._tell()
 
+    async def _rest(self, order: Order) -> bool:
+        """Sleep or wake as ordered; return whether there is an engine to work with.
+
+        Raises what starting one raises: then this replica is ill, and is rebuilt.
+        """
+        if order.asleep and not self.sleeper.asleep:
+            need = self._measure()
+            await asyncio.gather(*self._draining.values())
+            if await self.sleeper.sleep():
+                self._need = need
+                self._texts, self._bases, self._failed, self._active = {}, {}, {}, None
+        elif self.sleeper.asleep and not order.asleep:
+            await self.sleeper.wake()
+        return not self.sleeper.asleep
+
+    def _measure(self) -> int | None:
+        """Return the bytes of memory that the ranks take, where there are processes to ask."""
+        import psutil
+
+        total = 0
+        for pid in getattr(self._engine, "rank_pids", ()):
+            with contextlib.suppress(psutil.Error):
+                total += int(psutil.Process(pid).memory_info().rss) if pid else 0
+        return total or self._need
+
+    async def _ask_to_wake(self) -> str:
+        return "" if self._board is None else await self._board.wake(self._config.name)
+
     async def _obey(self, order: Order) -> None:
+        if not await self._rest(order):
+            return
         wanted = {version for version in (order.active, order.also, *self._pinned) if version}
         self._failed = {v: why for v, why in self._failed.items() if v in wanted}
         for version in sorted(wanted - set(self._texts) - set(self._failed)):
@@ -208,6 +247,9 @@ class Versions:
             log.info("%s answers", order.active)
             await self._move(before, order.active)
             await self._tell()
+        if self._active is None:
+            raise EngineError(f"cannot wake with {order.active}: {self._failed}")
+        self.sleeper.open()
         bases = {self._bases[v] for v in (*wanted, self._active) if v in self._bases}
         for version in set(self._texts) - wanted - {self._active} - bases:
             del self._texts[version]
@@ -294,7 +336,21 @@ class Versions:
         where = room.node(), room.free_bytes()
         if not self._answering:
             return Report(None, (), dict(self._failed), {}, (), *where)
-        return Report(self._active, held, self._unfit | self._failed, *self._adapters, *where)
+        active = self._active
+        if not self.sleeper.ready and self._order and self._order.active:
+            active = self._order.active  # it will answer with that
+            held = tuple(sorted({active, *held}))
+        return Report(
+            active,
+            held,
+            self._unfit | self._failed,
+            *self._adapters,
+            *where,
+            self.sleeper.asleep,
+            self.sleeper.idle_s,
+            self._config.idle_s,
+            self._need if self.sleeper.asleep else self._measure(),
+        )
 
     async def _tell(self) -> None:
         if self._board is None:

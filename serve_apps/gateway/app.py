@@ -73,6 +73,27 @@ class Gateway:
         found, version = resolve(model, self._backend.served())
         return JSONResponse(_model(found, model, version))
 
+    async def load(self, name: str, request: Request) -> Response:
+        """Bring a model into memory: ``POST /admin/models/NAME/load``."""
+        return await self._move(name, request, True)
+
+    async def unload(self, name: str, request: Request) -> Response:
+        """Have a model leave memory once it is idle: ``POST /admin/models/NAME/unload``."""
+        return await self._move(name, request, False)
+
+    async def _move(self, name: str, request: Request, load: bool) -> Response:
+        if not request.state.admin:
+            raise RequestError(
+                "this key may not administer; `roundhouse keys add NAME --admin` makes one that "
+                "may",
+                403,
+                "forbidden",
+            )
+        served, _ = resolve(name, self._backend.served())
+        waits = await self._backend.move(served.model, load)
+        told = {"id": served.model, "asleep": served.asleep, "waits_for": waits or None}
+        return JSONResponse(told, 202)
+
     async def chat(self, request: Request) -> Response:
         """Answer ``POST /v1/chat/completions``."""
         limits = self.limits
@@ -190,6 +211,7 @@ def _model(served: Served, name: str, version: str | None = None) -> dict[str, A
         "owned_by": "roundhouse",
         "root": root,
         "live": list(served.live),
+        "asleep": served.asleep,
     } | ({"parent": served.bases.get(root or "")} if served.app else {})
 
 
@@ -215,6 +237,9 @@ def make_app(
     app.add_api_route("/v1/models/{model}", gateway.model, methods=["GET"], response_model=None)
     app.add_api_route("/v1/chat/completions", gateway.chat, methods=["POST"], response_model=None)
     app.add_api_route("/v1/completions", gateway.completions, methods=["POST"], response_model=None)
+    for verb in ("load", "unload"):
+        path = "/admin/models/{name}/" + verb
+        app.add_api_route(path, getattr(gateway, verb), methods=["POST"], response_model=None)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_middleware(Front, keys=keys, tag=tag, meter=meter)

@@ -26,6 +26,12 @@ class Backend(Protocol):
     def ready(self) -> bool:
         """Say whether every model that should answer does."""
 
+    async def move(self, name: str, load: bool) -> str:
+        """Bring a model into memory, or have it leave once it is idle; return what that waits for.
+
+        Raises RequestError.
+        """
+
     def generate(self, name: str, call: Call) -> AsyncGenerator[Event | Refusal, None]:
         """Ask a model; closing the stream ends the request there. May raise anything."""
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import RequestError
+from cluster.keys import ADMIN
 from serve_apps.gateway import errors
 from serve_apps.gateway.metering import GONE, HttpMeter
 
@@ -51,7 +52,7 @@ class Front:
             return await send({"type": "websocket.close", "code": 1008})
         state, began = scope.setdefault("state", {}), time.monotonic()
         state["request_id"] = _request_id(scope)
-        state["salt"] = ""
+        state["salt"], state["admin"] = "", False
         state["outcome"] = GONE  # until an answer begins; a stream that breaks corrects it
         try:
             await self._handle(scope, receive, send, state)
@@ -78,7 +79,9 @@ class Front:
         try:
             if scope["path"] not in PUBLIC:
                 # who shares cached prompts with whom: keys of one tenant
-                state["salt"] = str(getattr(self._admit(scope), "tenant", ""))
+                key = self._admit(scope)
+                state["salt"] = str(getattr(key, "tenant", ""))
+                state["admin"] = getattr(key, "scope", "") == ADMIN
             await self._app(scope, receive, tagged)
         except RequestError as error:
             failure = error

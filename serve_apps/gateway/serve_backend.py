@@ -23,6 +23,15 @@ class Snapshots(Protocol):
     async def snapshot(self, have: Snapshot | None = None) -> Snapshot:
         """Return what is live, once it differs from ``have`` or a bounded time has passed."""
 
+    async def keep_within(self, budget: int | None) -> None:
+        """Say how many bytes models may take of each node's memory."""
+
+    async def wake(self, name: str) -> str:
+        """Bring a model into memory; return what that waits for, if it does."""
+
+    async def unload(self, name: str) -> None:
+        """Have a model leave memory as soon as it is idle."""
+
 
 class Nobody:
     """Says that no model is served: for whoever asks by name and version alone."""
@@ -30,6 +39,16 @@ class Nobody:
     async def snapshot(self, have: Snapshot | None = None) -> Snapshot:
         """See :class:`Snapshots`."""
         return Snapshot({}, settled=True)
+
+    async def keep_within(self, budget: int | None) -> None:
+        """See :class:`Snapshots`."""
+
+    async def wake(self, name: str) -> str:
+        """See :class:`Snapshots`."""
+        return ""
+
+    async def unload(self, name: str) -> None:
+        """See :class:`Snapshots`."""
 
 
 class ServeBackend:
@@ -41,6 +60,8 @@ class ServeBackend:
         self._handles: dict[str, Any] = {}
         self.expected: tuple[str, ...] | None = None
         """Models that must answer before the gateway is ready; ``None``: not told yet."""
+        self.budget: int | None = None
+        """Bytes that models may take of each node's memory."""
 
     def served(self) -> Mapping[str, Served]:
         """Return what the Releases actor said last; its absence changes nothing.
@@ -62,11 +83,26 @@ class ServeBackend:
         have: Snapshot | None = None
         while True:
             try:
+                if self.expected is not None:
+                    await self._releases.keep_within(self.budget)
                 have = await self._releases.snapshot(have)
                 self._served = have.over(self._served)
             except RoundhouseError as error:
                 log.warning("releases: %s", error)
                 await asyncio.sleep(AWAY_S)
+
+    async def move(self, name: str, load: bool) -> str:
+        """See :class:`serve_apps.gateway.backend.Backend`."""
+        try:
+            if load:
+                return await self._releases.wake(name)
+            await self._releases.unload(name)
+        except RoundhouseError as error:
+            log.warning("%s of %s: %s", "load" if load else "unload", name, error)
+            raise RequestError(
+                "what decides about memory did not answer; try again", 503, "unavailable", None, 2
+            ) from None
+        return ""
 
     async def generate(self, name: str, call: Call) -> AsyncGenerator[Event | Refusal, None]:
         """Stream from one replica; closing this ends the request there."""

@@ -120,6 +120,7 @@ class OneKey:
 
     def __init__(self) -> None:
         self.asked = 0
+        self.scope = ""
 
     def check(self, plaintext: str) -> object | None:
         self.asked += 1
@@ -133,12 +134,17 @@ class LocalBackend:
         self.replicas, self._served = replicas, served
         self.broken: Exception | None = None
         self.is_ready = True
+        self.moved: list[tuple[str, bool]] = []
 
     def served(self) -> Mapping[str, Served]:
         return self._served
 
     def ready(self) -> bool:
         return self.is_ready
+
+    async def move(self, name: str, load: bool) -> str:
+        self.moved.append((name, load))
+        return ""
 
     async def generate(self, name: str, call: Call) -> AsyncGenerator[Event | Refusal, None]:
         if self.broken is not None:

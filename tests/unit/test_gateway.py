@@ -307,6 +307,7 @@ PATHS = [
 async def test_T10_no_route_answers_without_a_key(gate: Stack) -> None:
     routes = [route.path for route in gate.app.routes]  # type: ignore[attr-defined]
     assert sorted(routes) == [
+        *("/admin/models/{name}/load", "/admin/models/{name}/unload"),
         *("/healthz", "/metrics", "/readyz", "/v1/chat/completions", "/v1/completions"),
         *("/v1/models", "/v1/models/{model}"),
     ]
@@ -317,6 +318,21 @@ async def test_T10_no_route_answers_without_a_key(gate: Stack) -> None:
             assert status == 401, (method, path)
             assert headers[b"www-authenticate"] == b"Bearer"
             assert json.loads(body)["error"]["code"] == "invalid_api_key"
+
+
+async def test_T10_only_a_key_that_may_administer_loads_and_unloads(gate: Stack) -> None:
+    post = gate.client.post
+    for verb in ("load", "unload"):
+        path = f"/admin/models/tiny/{verb}"
+        refused = await post(path, headers=AUTH)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden")
+    assert gate.backend.moved == []
+    gate.keys.scope = "admin"
+    assert (await post("/admin/models/nix/load", headers=AUTH)).status_code == 404
+    told = await post("/admin/models/tiny/unload", headers=AUTH)
+    assert (told.status_code, told.json()["id"]) == (202, "tiny")
+    assert (await post("/admin/models/tiny/load", headers=AUTH)).status_code == 202
+    assert gate.backend.moved == [("tiny", False), ("tiny", True)]
 
 
 async def test_T10_only_the_listed_methods_of_public_paths(gate: Stack) -> None:

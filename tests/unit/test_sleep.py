@@ -1,0 +1,171 @@
+"""Models that leave memory and come back: the decision, what is remembered, and the door."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import RequestError
+from cluster.library.manifest import Facts
+from cluster.library.store import Library
+from serve_apps import room
+from serve_apps.calls import Call, Event, Refusal
+from serve_apps.config import Fake, ModelConfig
+from serve_apps.engine.fake import FakeEngine
+from serve_apps.engine.restart import Restartable
+from serve_apps.release_policy import Report
+from serve_apps.releases import Releases
+from serve_apps.replica import Replica
+from serve_apps.sleep_policy import Tenant, decide
+from tests.unit.serving_fixtures import write_model
+
+GB = 10**9
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def tenant(name: str, idle_s: float, need: float = 1.0, **more: object) -> Tenant:
+    return Tenant(name, False, False, idle_s, None, {"n": int(need * GB)}, **more)  # type: ignore[arg-type]
+
+
+def out(one: Tenant) -> Tenant:
+    return replace(one, asleep=True, ordered=True)
+
+
+def test_what_is_idle_for_long_sleeps_and_what_is_busy_does_not() -> None:
+    models = [
+        replace(tenant("idle", 61.0), limit_s=60.0),
+        replace(tenant("short", 59.0), limit_s=60.0),
+        replace(tenant("busy", 0.0), limit_s=60.0, unload=True),
+        replace(tenant("asked", 99.0), limit_s=60.0, wanted=True),
+        tenant("never", 1e6),
+        tenant("told", 0.5, unload=True),
+    ]
+    assert decide(models).asleep == {"idle", "told"}
+
+
+def test_one_that_was_told_to_sleep_and_has_a_request_after_all_goes_on() -> None:
+    assert decide([replace(tenant("m", 0.0), ordered=True)]).asleep == set()
+    assert decide([replace(tenant("m", 1.0), ordered=True)]).asleep == {"m"}
+    assert decide([out(tenant("m", 1.0))]).asleep == {"m"}
+    assert decide([replace(out(tenant("m", 1.0)), wanted=True)]).asleep == set()
+
+
+def test_the_longest_unused_makes_room_and_the_other_waits_until_it_has_left() -> None:
+    old, new = tenant("old", 50.0), tenant("new", 5.0)
+    asked = replace(out(tenant("asked", 100.0)), wanted=True)
+    told = decide([asked, new, old], 2 * GB)
+    assert told.asleep == {"asked", "old"}
+    assert told.waits["asked"] == "asked waits until old has left"
+    told = decide([asked, new, replace(old, ordered=True)], 2 * GB)
+    assert told.asleep == {"asked", "old"}
+    assert decide([asked, new, out(old)], 2 * GB).asleep == {"old"}
+
+
+def test_nobody_sleeps_for_one_that_does_not_fit_even_so() -> None:
+    asked = replace(out(tenant("asked", 100.0, 1.5)), wanted=True)
+    told = decide([asked, tenant("busy", 0.0), tenant("idle", 9.0)], 2 * GB)
+    assert told.asleep == {"asked"}
+    assert told.waits["asked"] == (
+        "asked needs 1.50 GB and models may take 2.00 GB of a node's memory "
+        "(limits.models_memory_gb); in use: busy 1.00 GB, idle 1.00 GB"
+    )
+    assert decide([asked], 2 * GB).asleep == set()
+    assert "needs 1.50 GB" in decide([asked], GB).waits["asked"]
+
+
+def test_a_smaller_budget_and_a_new_model_have_the_longest_unused_leave() -> None:
+    models = [tenant("a", 10.0), tenant("b", 20.0), tenant("c", 0.0)]
+    assert decide(models, 2 * GB).asleep == {"b"}
+    assert decide(models, GB).asleep == {"a", "b"}
+    new = tenant("new", 0.0, starting=True)
+    assert decide([tenant("c", 0.0), new], GB).asleep == {"new"}, "it begins asleep"
+    assert decide([tenant("c", 3.0), new], GB).asleep == {"c"}
+
+
+def test_only_what_shares_a_node_leaves() -> None:
+    asked = replace(out(tenant("asked", 9.0)), wanted=True)
+    far = replace(tenant("far", 99.0), needs={"m": GB})
+    assert decide([asked, far, tenant("near", 1.0)], GB).asleep == {"asked", "near"}
+
+
+async def replica_of(releases: Releases, library: Library, wake_s: float, **more: float) -> Replica:
+    config = ModelConfig(
+        model="tiny", engine=Fake(kind="fake", token_delay_s=0.02), wake_s=wake_s, **more
+    )  # type: ignore[arg-type]
+    engine = Restartable(lambda: FakeEngine(config.engine))  # type: ignore[arg-type]
+    replica = Replica(config, engine, library, releases, "r1")
+    await replica.start()
+    return replica
+
+
+async def answer(replica: Replica, number: int = 0) -> list[Event | Refusal]:
+    call = Call(f"c{number}", max_tokens=4, clip=False, prompts=("hello",))
+    return [event async for event in replica.generate(call)]
+
+
+async def until(releases: Releases, asleep: bool) -> None:
+    async with asyncio.timeout(10):
+        while (await releases.sleeping())["tiny"] is not asleep:
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Library:
+    made = Library(tmp_path / "library")
+    made.publish("tiny", write_model(tmp_path / "model"), Facts())
+    return made
+
+
+@pytest.mark.anyio
+async def test_RC12_a_model_that_left_answers_its_next_requests_after_waking_once(
+    library: Library,
+) -> None:
+    releases = Releases(library)
+    replica = await replica_of(releases, library, 10)
+    first = [answer(replica, n) for n in range(3)]
+    running = asyncio.gather(*first)
+    await asyncio.sleep(0.03)
+    await releases.unload("tiny")  # busy: it goes on to the end
+    for events in await running:
+        assert isinstance(events[-1], Event)
+        assert events[-1].finish
+    await until(releases, True)
+    served = (await releases.snapshot()).served["tiny"]
+    assert (served.asleep, served.active, served.live) == (True, ("tiny@1",), ("tiny@1",))
+    await replica.check_health()  # to sleep is no illness
+    for events in await asyncio.gather(*(answer(replica, n) for n in range(5))):
+        assert isinstance(events[-1], Event), events
+        assert (events[-1].finish, events[-1].version) == ("length", "tiny@1")
+    assert (await releases.sleeping()) == {"tiny": False}
+    await replica.check_health()
+    await replica.stop()
+
+
+@pytest.mark.anyio
+async def test_who_waits_too_long_is_told_when_to_come_back_and_what_it_waits_for(
+    library: Library,
+) -> None:
+    releases = Releases(library)
+    replica = await replica_of(releases, library, 1.5)
+    await releases.unload("tiny")
+    await until(releases, True)
+    other = Report("big@1", ("big@1",), node=room.node(), idle_s=0.0, need_bytes=2 * GB)
+    await releases.report("big", "champion", "r2", other)
+    releases._sleep._estimates["tiny"] = GB
+    await releases.keep_within(2 * GB)
+    (refusal,) = await answer(replica)
+    assert isinstance(refusal, Refusal)
+    error = refusal.error()
+    assert isinstance(error, RequestError)
+    assert (error.status, error.code) == (503, "model_asleep")
+    assert error.retry_after_s
+    assert "1.5 s (wake_s)" in str(error)
+    assert "in use: big 2.00 GB" in str(error)
+    await replica.stop()
