@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make the nodes, and measure from inside the first of them."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--nodes", type=int, default=8, help="of the cluster, the maker among them")
-    parser.add_argument("--mbit", type=int, default=200, help="of each link, each way, a second")
+    parser.add_argument("--mbit", type=int, default=100, help="of each link, each way, a second")
     parser.add_argument("--ways", type=names_of(WAYS), default=list(WAYS))
     args = parser.parse_args(argv)
     if args.side:
@@ -161,7 +161,7 @@ def measure(args: argparse.Namespace) -> int:
     ray.init(args.side, namespace=NAMESPACE, logging_level="warning")
     others = other_nodes(args.nodes - 1)
     samples: dict[str, dict[str, list[float]]] = {}
-    sizes = sorted({1, 2, *(n for n in (4,) if n < args.nodes - 1), args.nodes - 1})
+    sizes = sorted({1, args.nodes // 2 - 1, args.nodes - 1} - {0})
     for number in range(args.rounds):
         for receivers in sizes:
             for way in args.ways:
