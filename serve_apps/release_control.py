@@ -11,7 +11,6 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -20,47 +19,34 @@ from cluster.errors import LibraryError, ReleaseError, RoundhouseError
 from cluster.library import releases as records
 from cluster.library.releases import Happening, Release
 from cluster.library.store import Library
-from serve_apps.release_config import Golden, ReleasePolicy
+from serve_apps.release_config import ReleasePolicy
 from serve_apps.release_counts import Counts, from_json
-from serve_apps.release_evidence import judge, unmet
 from serve_apps.release_gate import (
     Advance,
     Decision,
     Hold,
-    Judged,
     Rollback,
-    Seen,
     entered,
     loaded,
     lost,
     stepped,
 )
 from serve_apps.release_policy import WATCH_S, Canary, Report
+from serve_apps.release_witness import Asker, Going, Witness
 from serve_apps.rollout import bytes_of, granted
 
 TURN_S = 1.0
 """Between two looks at a release."""
 LISTEN_S = WATCH_S + 1.0
 """After a restart, until every live replica has been heard."""
-JUDGED_S = 10.0
-"""Between two looks at the library's evaluations."""
 FRESH_S = 2.0
 """Golden answers older than this are taken anew before something moves."""
-ASK_S = 60.0
-"""Bound of one golden prompt."""
 GONE_S = 120.0
 """A model without a live replica for so long is no longer deployed."""
 MOST_HELD = 200
 """Entries that say why a release waits; further ones are not written down."""
 
 log = logging.getLogger(__name__)
-
-
-class Asker(Protocol):
-    """Answers as a version does."""
-
-    async def ask(self, name: str, version: str, golden: Golden) -> str:
-        """Return the text; RequestError when there is none."""
 
 
 class Stage(Protocol):
@@ -79,43 +65,6 @@ class Stage(Protocol):
         """Put a version live that all replicas hold; ReleaseError."""
 
 
-@dataclass(slots=True)
-class Going:
-    """A release that runs, as this process knows it."""
-
-    record: Release
-    policy: ReleasePolicy
-    since_s: float
-    """When this process saw the phase begin."""
-    quiet_s: float = 0.0
-    """Until then replicas are only listened to."""
-    known: set[str] = field(default_factory=set)
-    """Replicas that have answered."""
-    allowed: set[str] = field(default_factory=set)
-    """Replicas that may hold the candidate."""
-    counts: dict[str, Counts] = field(default_factory=dict)
-    before: Counts = field(default_factory=Counts)
-    """The champion's, in the last window in which it answered somebody."""
-    golden: list[str] | None = None
-    asked_s: float = 0.0
-    judged: tuple[Judged, ...] = ()
-    judged_s: float = float("-inf")
-    why: str = ""
-    broken: str = ""
-    """A mistake of ours that ends it."""
-    task: asyncio.Task[None] | None = None
-
-    @property
-    def id(self) -> str:
-        """The release's id, as gateways name it."""
-        return f"{self.record.name}#{self.record.number}"
-
-    @property
-    def champion(self) -> str:
-        """The champion's reference."""
-        return f"{self.record.name}@{self.record.champion}"
-
-
 class Conductor:
     """All releases of a cluster; one for each model at a time."""
 
@@ -127,7 +76,8 @@ class Conductor:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Without an ``asker`` no policy may have golden prompts."""
-        self._library, self._stage, self._asker, self._clock = library, stage, asker, clock
+        self._library, self._stage, self._clock = library, stage, clock
+        self._witness = Witness(library, asker, clock)
         self._going: dict[str, Going] = {}
 
     def check(self, name: str, policy: ReleasePolicy) -> None:
@@ -137,7 +87,7 @@ class Conductor:
                 f"a release of {record.ref} runs (`roundhouse release status {name}`); end it with "
                 f"`roundhouse release stop {name}`"
             )
-        if policy.gates.golden and self._asker is None:
+        if policy.gates.golden and self._witness.asker is None:
             raise ReleaseError("golden prompts cannot be asked here; leave gates.golden out")
 
     def start(
@@ -286,7 +236,7 @@ class Conductor:
             case Hold(why):
                 self._hold(going, why)
             case Rollback(why):
-                self._write(going, "rolled_back", why, seen=self._figures(going))
+                self._write(going, "rolled_back", why, seen=self._witness.figures(going))
             case Advance(why):
                 self._advance(going, why)
         return None
@@ -303,78 +253,22 @@ class Conductor:
             decision = loaded(record.ref, replicas, going.known, elapsed_s, policy.load_timeout_s)
             if not isinstance(decision, Advance):
                 return decision
-            await self._judge(going)
-            await self._ask(going, FRESH_S)
-            return entered(policy, self._seen(going))
+            await self._witness.judge(going)
+            await self._witness.ask(going, FRESH_S)
+            return entered(policy, self._witness.seen(going))
         if gone := lost(replicas, going.known):
             return Rollback(f"{gone} while {record.ref} answered {record.moved.percent:g} %")
-        await self._ask(going, policy.gates.golden_every_s)
-        decision = stepped(policy, policy.traffic.steps[step], self._seen(going))
+        await self._witness.ask(going, policy.gates.golden_every_s)
+        decision = stepped(policy, policy.traffic.steps[step], self._witness.seen(going))
         if isinstance(decision, Advance) and policy.gates.golden:
-            await self._ask(going, FRESH_S)
-            decision = stepped(policy, policy.traffic.steps[step], self._seen(going))
+            await self._witness.ask(going, FRESH_S)
+            decision = stepped(policy, policy.traffic.steps[step], self._witness.seen(going))
         return decision
-
-    async def _judge(self, going: Going) -> None:
-        """Compare the stored evaluations, again while they hold the release."""
-        wanted, now = going.policy.gates.evaluations, self._clock()
-        if now - going.judged_s < JUDGED_S:
-            return
-        record = going.record
-        before, after = (
-            self._library.get(record.name, n) for n in (record.champion, record.candidate)
-        )
-        found = [
-            await asyncio.to_thread(judge, self._library, before, after, one) for one in wanted
-        ]
-        going.judged, going.judged_s = tuple(found), now
-
-    async def _ask(self, going: Going, fresh_s: float) -> None:
-        """Ask the golden prompts, unless they have just been asked."""
-        wanted = going.policy.gates.golden
-        if not wanted or self._asker is None:
-            return
-        if going.golden is not None and self._clock() - going.asked_s < fresh_s:
-            return
-        unmet_ones = []
-        for golden in wanted:
-            try:
-                async with asyncio.timeout(ASK_S):
-                    text = await self._asker.ask(going.record.name, going.record.ref, golden)
-            except (RoundhouseError, TimeoutError) as error:
-                told = f"{error}" or f"no answer within {ASK_S:g} s"
-                unmet_ones.append(f"{golden.chat or golden.prompt!r:.60} was not answered: {told}")
-            else:
-                unmet_ones += [what] if (what := unmet(golden, text)) else []
-        going.golden, going.asked_s = unmet_ones, self._clock()
-
-    def _seen(self, going: Going) -> Seen:
-        theirs = going.counts.get(going.champion, Counts())
-        if going.record.moved.percent >= 100 or not theirs.requests:
-            theirs = going.before  # what still comes in of it began in the window before
-        return Seen(
-            elapsed_s=self._clock() - going.since_s,
-            candidate=going.counts.get(going.record.ref, Counts()),
-            champion=theirs,
-            golden=going.golden,
-            evaluations=going.judged,
-            approved=going.record.approved,
-        )
-
-    def _figures(self, going: Going) -> dict[str, Any]:
-        seen = self._seen(going)
-        told: dict[str, Any] = {
-            "candidate": seen.candidate.as_json(),
-            "champion": seen.champion.as_json(),
-        }
-        if seen.evaluations:
-            told["evaluations"] = [one.told for one in seen.evaluations]
-        return told
 
     def _advance(self, going: Going, why: str) -> None:
         steps, at = going.policy.traffic.steps, going.record.moved.step
-        figures = self._figures(going)
-        going.before = self._seen(going).champion
+        figures = self._witness.figures(going)
+        going.before = self._witness.seen(going).champion
         if at is not None and at + 1 == len(steps):
             last = going.record.moved.percent
             return self._write(going, "promoting", why, step=at, percent=last, seen=figures)

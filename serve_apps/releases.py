@@ -23,7 +23,7 @@ from cluster.library.releases import Release
 from cluster.library.store import Library, Version
 from serve_apps.adapter_policy import adapters_of, after_reading
 from serve_apps.release_config import Pace, ReleasePolicy
-from serve_apps.release_control import Asker, Conductor
+from serve_apps.release_control import Conductor
 from serve_apps.release_counts import Counts
 from serve_apps.release_policy import (
     LIVE_S,
@@ -39,6 +39,7 @@ from serve_apps.release_policy import (
     after_load,
     after_swap,
 )
+from serve_apps.release_witness import Asker
 from serve_apps.rollout import bytes_of, granted, turns
 from serve_apps.sleep_keeper import Known, SleepKeeper
 

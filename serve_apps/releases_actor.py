@@ -56,7 +56,7 @@ class ClusterAsker:
         self._backend: Any = None
 
     async def ask(self, name: str, version: str, golden: Golden) -> str:
-        """See :class:`serve_apps.release_control.Asker`."""
+        """See :class:`serve_apps.release_witness.Asker`."""
         from serve_apps.gateway.serve_backend import Nobody, ServeBackend
         from serve_apps.golden import asked
 
