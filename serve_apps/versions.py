@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from cluster.errors import EngineError, RequestError, RoundhouseError
+from cluster.errors import EngineError, RequestError, RoundhouseError, UnknownModel
 from cluster.library.ref import NEWEST, Ref
 from cluster.library.store import Library
 from cluster.text.chat import ChatText
@@ -276,7 +276,14 @@ class Versions:
         if self._shelf is not None and Ref.parse(version).live:
             self._texts[version] = await self._load_from(self._shelf, version)
             return
-        found = self._library.resolve(version)
+        try:
+            found = self._library.resolve(version)
+        except UnknownModel:
+            if self._shelf is None:
+                raise
+            # another node has it in its library: nothing of it needs to be on this one's disk
+            self._texts[version] = await self._load_from(self._shelf, version)
+            return
         if self._texts:
             room.check(version, found.manifest.architecture.parameters, self._engine.info)
         text = await asyncio.to_thread(ChatText.shared, found.path)

@@ -107,6 +107,18 @@ class Others:
         found = asked(open_directory().find.remote(ref), CALL_S)
         return None if found is None else found[0]
 
+    def offered(self, ref: str) -> Bundle | None:
+        """See :class:`cluster.weights.agent.Elsewhere`."""
+        import ray
+
+        for told in ray.nodes():
+            node = told["NodeID"]
+            if not told["Alive"] or node == self._node:
+                continue
+            if asked(open_agent(node).offer.remote(ref), MOVE_S):
+                return self.find(ref)
+        return None
+
     def borrow(self, ref: str, pieces: Sequence[str], most: int, who: str) -> Loan | None:
         """See :class:`cluster.weights.exchange.Lenders`."""
         now, any_busy = time.monotonic(), False

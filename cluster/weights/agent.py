@@ -37,6 +37,9 @@ class Elsewhere(Lenders, Protocol):
     def find(self, ref: str) -> Bundle | None:
         """Return a version that lies on some node, whole among all of them."""
 
+    def offered(self, ref: str) -> Bundle | None:
+        """Have a node that has a version in its library put it on its shelf, if there is one."""
+
     def have(self, bundle: Bundle) -> None:
         """Tell the others that this node has a version."""
 
@@ -118,6 +121,17 @@ class Agent:
             bundle = self._inventory.versions[ref].bundle
             return bundle, {piece: [self._references[piece]] for piece in bundle.pieces}
 
+    def offer(self, ref: str) -> bool:
+        """Put a version of this node's library on the shelf; False where it is not in there."""
+        if not self._in_library(ref):
+            return False
+        with self._lock:
+            making = self._making.setdefault(ref, threading.Lock())
+        with making:
+            if not self._inventory.whole(ref):
+                self._read(ref)
+        return True
+
     def renew(self, holder: str, refs: Sequence[str]) -> list[str]:
         """Keep versions for ``holder``; return those that are not here."""
         with self._lock:
@@ -187,6 +201,8 @@ class Agent:
 
     def _bring(self, ref: str) -> None:
         found = self._elsewhere.find(ref)
+        if found is None and Ref.parse(ref).version and not self._in_library(ref):
+            found = self._elsewhere.offered(ref)
         if found is not None:
             self._fetch(found)
         elif Ref.parse(ref).version:
@@ -229,6 +245,13 @@ class Agent:
             tensors[name] = Tensor(dtype, array.shape, (piece,))
         files = small_files(version.path)
         self.finish(parcel, Bundle(ref, files, tensors, version.manifest.base, time.time()))
+
+    def _in_library(self, ref: str) -> bool:
+        try:
+            self._library.resolve(ref)
+        except LibraryError:
+            return False
+        return True
 
     def _pinned(self, ref: str) -> bool:
         """Say whether an alias of the library means a version."""

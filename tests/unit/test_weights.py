@@ -58,6 +58,10 @@ class View:
     def find(self, ref: str) -> Bundle | None:
         return self.network.bundles.get(ref)
 
+    def offered(self, ref: str) -> Bundle | None:
+        others = [agent for name, agent in self.network.agents.items() if name != self.name]
+        return self.find(ref) if any(agent.offer(ref) for agent in others) else None
+
     def borrow(self, ref: str, pieces: Sequence[str], most: int, who: str) -> Loan | None:
         nodes, busy = sorted(self.network.nodes.get(ref, set()) - {self.name} - self.ill), False
         random.shuffle(nodes)
@@ -308,6 +312,23 @@ def test_T35_a_version_of_the_library_comes_from_its_files_if_these_are_whole(
     with pytest.raises(Corrupt, match=r"model\.safetensors: differs from its hash"):
         agent.take("tiny@1", "replica")
     assert agent.status()["bytes"] == 0
+
+
+def test_a_node_without_a_library_gets_what_another_has_in_its_own(
+    clock: Clock, tmp_path: Path
+) -> None:
+    library = Library(tmp_path / "library")
+    library.publish("tiny", write_model(tmp_path / "model"), Facts())
+    network, nothing = Network(), Library(tmp_path / "nothing")
+    network.join("a", 1 << 20, clock, library)
+    there = network.join("b", 1 << 20, clock, nothing)
+    bundle, references = there.take("tiny@1", "replica")
+    assert set(references) == set(bundle.pieces)
+    assert "tokenizer.json" in bundle.files
+    assert sum(network.asked.values()) == len(references)
+    with pytest.raises(UnknownModel):
+        there.take("tiny@2", "replica")
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_many_nodes_take_from_each_other_and_not_all_from_the_first(clock: Clock) -> None:
