@@ -59,6 +59,17 @@ def test_revocation_counts_at_the_next_check_of_another_process_t14(store: KeySt
     assert gateway.check(new)
 
 
+def test_only_a_key_made_so_may_administer_and_an_older_store_is_read(store: KeyStore) -> None:
+    plain, admin = store.add("plain"), store.add("keeper", admin=True)
+    found = [store.check(plain), store.check(admin)]
+    assert [key.scope for key in found if key] == ["", "admin"]
+    old = json.loads(store.path.read_text())
+    for row in old["keys"]:
+        del row["scope"]
+    store.path.write_text(json.dumps(old))
+    assert [key.scope for key in KeyStore(store.directory).list()] == ["", ""]
+
+
 @pytest.mark.parametrize(
     "guess", ["known", "unknown", "revoked", "x" * 1_000_000, "\0", "ü", "\ud800"]
 )
