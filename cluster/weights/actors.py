@@ -13,7 +13,7 @@ from cluster.errors import ClusterError, RoundhouseError
 from cluster.session import NAMESPACE
 from cluster.weights.agent import Agent
 from cluster.weights.directory import WATCH_S, Directory
-from cluster.weights.exchange import Loan
+from cluster.weights.exchange import LENDS, Loan
 from cluster.weights.layout import Array, Bundle
 
 FORMAT = 1
@@ -128,9 +128,14 @@ class Others:
         _, known, nodes = self._known
         ill = {node for node, until in dict(self._ill).items() if until > now}
         others = [one for one in nodes if one != self._node and one in known and one not in ill]
-        for node in some_of(others):
+        few = some_of(others)
+        # first whose link nobody uses: two that take from one node get half of it each
+        for node, lends in [(node, lends) for lends in range(1, LENDS + 1) for node in few]:
+            if self._ill.get(node, 0.0) > now:
+                continue
             try:
-                has, found = asked(known[node].lend.remote(pieces, most, who), LEND_CALL_S)
+                told = known[node].lend.remote(pieces, most, who, lends)
+                has, found = asked(told, LEND_CALL_S)
             except ClusterError:
                 self._ill[node] = now + ILL_S
                 continue

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from cluster.errors import LibraryError, UnknownModel
 from cluster.library.ref import Ref
 from cluster.library.store import Library
-from cluster.weights.exchange import Desk, Fetch, Lenders
+from cluster.weights.exchange import LENDS, Desk, Fetch, Lenders
 from cluster.weights.files import small_files, stored_tensors
 from cluster.weights.inventory import Inventory
 from cluster.weights.layout import Array, Bundle, Piece, Tensor, cut, hash_of
@@ -153,10 +153,12 @@ class Agent:
             self._forget_pieces()
         self._elsewhere.lost(ref)
 
-    def lend(self, pieces: Sequence[str], most: int, who: str) -> tuple[bool, dict[str, list[Any]]]:
+    def lend(
+        self, pieces: Sequence[str], most: int, who: str, lends: int = LENDS
+    ) -> tuple[bool, dict[str, list[Any]]]:
         """Say whether any of the pieces are here, and return references to some of those.
 
-        About ``most`` bytes, the first first; none while enough others borrow from here.
+        About ``most`` bytes, the first first; none while ``lends`` others borrow from here.
         """
         with self._lock:
             here = {
@@ -164,7 +166,7 @@ class Agent:
                 for piece in pieces
                 if piece in self._references and piece in self._inventory.pieces
             }
-            chosen = self._desk.lend(here, most, who)
+            chosen = self._desk.lend(here, most, who, lends)
             self._given += sum(here[piece] for piece in chosen)
             return bool(here), {piece: [self._references[piece]] for piece in chosen}
 

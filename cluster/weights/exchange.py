@@ -62,11 +62,14 @@ class Desk:
         self._clock = clock
         self._until: dict[str, float] = {}
 
-    def lend(self, here: Mapping[str, int], most: int, who: str) -> list[str]:
-        """Return the first pieces of about ``most`` bytes (at least one); none while it is busy."""
+    def lend(self, here: Mapping[str, int], most: int, who: str, lends: int = LENDS) -> list[str]:
+        """Return the first pieces of about ``most`` bytes (at least one).
+
+        None while it lends to ``lends`` others.
+        """
         now = self._clock()
         self._until = {one: until for one, until in self._until.items() if until > now}
-        if not here or (who not in self._until and len(self._until) >= LENDS):
+        if not here or (who not in self._until and len(self._until) >= lends):
             return []
         self._until[who] = now + LEND_S
         chosen, size = list[str](), 0
