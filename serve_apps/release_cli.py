@@ -99,17 +99,38 @@ def release_status(
 
 
 @release_app.command("stop")
-def release_stop(name: Name, as_json: AsJson = False) -> None:
+def release_stop(name: Name, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Roll a release back at once: the champion answers everything."""
     console.use_json(as_json)
-    _print(_call("stop_release", name, _who()))
+    if dry_run:
+        _rehearse(name, "roll back")
+    else:
+        _print(_call("stop_release", name, _who()))
 
 
 @release_app.command("approve")
-def release_approve(name: Name, as_json: AsJson = False) -> None:
+def release_approve(name: Name, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Let a release pass whose evaluations are missing, or show no difference."""
     console.use_json(as_json)
-    _print(_call("approve_release", name, _who()))
+    if dry_run:
+        _rehearse(name, "approve")
+    else:
+        _print(_call("approve_release", name, _who()))
+
+
+def _rehearse(name: str, what: str) -> None:
+    """Say what would be done to the release that runs. ReleaseError where none does."""
+    from cluster.errors import ReleaseError
+    from cluster.library import releases as records
+    from cluster.library.store import Library
+
+    library = Library()
+    library.resolve(name)  # an unknown name is told as such
+    record = next(iter(records.of(library.root, name)[-1:]), None)
+    if record is None or record.over:
+        raise ReleaseError(f"no release of {name} runs; `roundhouse release status {name}` tells")
+    console.out(f"would {what}: {_line(record)}")
+    console.result({"dry_run": True, **record.model_dump(mode="json")})
 
 
 def _call(method: str, *args: Any) -> Any:

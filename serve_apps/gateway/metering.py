@@ -10,14 +10,20 @@ GONE = 499
 GENERATE = ("/v1/chat/completions", "/v1/completions")
 EXACT = frozenset({"/healthz", "/readyz", "/metrics", "/v1/models", *GENERATE})
 MODEL = "/v1/models/{model}"
+NAMED = (MODEL, "/admin/models/{name}/load", "/admin/models/{name}/unload")
+"""Routes with a name of the client's in the middle, or at the end."""
 
 
 def route_label(path: str) -> str:
     """Return the route that a path belongs to: what clients make up folds into ``other``."""
     if path in EXACT:
         return path
-    name = path.removeprefix("/v1/models/")
-    return MODEL if name != path and name and "/" not in name else metrics.OTHER
+    for route in NAMED:
+        before, after = route[: route.index("{")], route[route.index("}") + 1 :]
+        name = path.removeprefix(before).removesuffix(after)
+        if path == f"{before}{name}{after}" and name and "/" not in name:
+            return route
+    return metrics.OTHER
 
 
 def code_label(status: int) -> str:

@@ -63,6 +63,7 @@ READ_ONLY = {
     "models show",
     "models verify",
     "monitor render",
+    "release status",
     "shelf list",
     "status",
 }

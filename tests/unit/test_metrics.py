@@ -20,7 +20,7 @@ from serve_apps.config import Fake, Limits, ModelConfig
 from serve_apps.engine.fake import FakeEngine
 from serve_apps.engine.interface import EngineStats
 from serve_apps.gateway.app import Gateway, make_app
-from serve_apps.gateway.metering import EXACT, GONE, MODEL, HttpMeter, code_label, route_label
+from serve_apps.gateway.metering import EXACT, GONE, NAMED, HttpMeter, code_label, route_label
 from serve_apps.metering import ReplicaMeter
 from serve_apps.replica import Replica
 from tests.unit.metrics_fixtures import MemoryMeter
@@ -201,9 +201,18 @@ async def test_measuring_ends_with_the_replica_and_survives_a_lost_engine() -> N
 def test_T25_every_route_has_a_label_of_its_own() -> None:
     app = make_app(LocalBackend({}, {}), OneKey(), Limits())
     paths = {route.path for route in app.routes}  # type: ignore[attr-defined]
-    assert paths == {*EXACT, MODEL}
+    assert paths == {*EXACT, *NAMED}
     assert {route_label(path) for path in paths} == paths
-    for path in ("/v1/models/", "/v1/models/a/b", "/nix", "/v1/chat/completions/", "/V1/models"):
+    for path in (
+        "/v1/models/",
+        "/v1/models/a/b",
+        "/nix",
+        "/v1/chat/completions/",
+        "/V1/models",
+        "/admin/models//load",
+        "/admin/models/a/b/load",
+        "/admin/models/a",
+    ):
         assert route_label(path) == "other", path
     labels = {code_label(status) for status in [*range(100, 1000), GONE]}
     assert labels <= set(metrics.CODES)

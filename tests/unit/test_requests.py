@@ -436,6 +436,8 @@ async def test_SC27_echo_streams_the_prompt_first() -> None:
 class Paced:
     """An engine's stream on a clock of its own: tokens merge while nobody looks."""
 
+    version = "v"
+
     def __init__(self, times: list[float]) -> None:
         self.now, self._times, self.closed = 100.0, [100.0 + t for t in times], False
 
@@ -466,7 +468,7 @@ async def paces(times: list[float], interval_s: float | None) -> list[tuple[floa
 
     stream = Paced(times)
     reading = Reading(ChatText.load(text).stream())
-    events = answer(0, stream, reading, "v", 1, lambda: interval_s, stream.clock)
+    events = answer(0, stream, reading, 1, lambda: interval_s, stream.clock)
     return [(round(stream.now - 100, 4), e.completion_tokens) async for e in events]
 
 
