@@ -103,7 +103,7 @@ def refreshed(
     place: Place, base: Path, fields: dict[str, Any], data: Dataset, home: Path
 ) -> dict[str, Any]:
     """Train a policy whose app is a library entry that follows its alias at once."""
-    from train_jobs.live import Weights
+    from train_jobs.live import Weights, stored_names
     from train_jobs.objectives.grpo import GroupRelative
     from train_jobs.objectives.refresh import Refresh
 
@@ -121,7 +121,7 @@ def refreshed(
         Refresh("policy", start, objective.sync_every, answers).step(session.engine)
         now = library.resolve("policy")
         stored = load_file(now.path / "model.safetensors")
-        live = Weights(session.engine.module).all()
+        live = Weights(session.engine.module, start.ref, {}, stored_names(start)).all()
         trained = live_tensors(merged(session.engine.module))  # what an export would write
         return {
             "card": (now.path / CARD).read_text(),
