@@ -117,7 +117,7 @@ class Adapters:
         self._refused = {ref: why for ref, why in self._refused.items() if ref in found.problems}
         # The newest is what will be promoted next: to read it tells whether it fits
         newest = {ref.partition("@")[0]: ref for ref in found.fits}
-        for ref in (*found.active.values(), *newest.values()):
+        for ref in dict.fromkeys((*found.active.values(), *newest.values())):
             if ref not in self._users and len(self._users) < self._config.engine.max_adapters:
                 await self._preload(ref)
         fits = {ref: base for ref, (_, base) in self._found.fits.items()}
@@ -144,6 +144,9 @@ class Adapters:
     async def _enter(self, ref: str) -> str:
         """Load an adapter if need be, and count one user more; returns its base."""
         async with self._lock:
+            if ref not in self._found.fits:  # refused while this one waited
+                why = self._found.problems.get(ref, f"adapter {ref} is not served any more")
+                raise RequestError(why, 404, "model_not_found", "model")
             version, base = self._found.fits[ref]
             if ref not in self._users:
                 await self._make_room()
@@ -153,6 +156,9 @@ class Adapters:
                 raise
             except EngineError as error:
                 self._users.pop(ref, None)
+                if not self._versions.sleeper.ready or base not in self._versions.held:
+                    # its fault it is not: the model goes to sleep, or the base has just gone
+                    raise RequestError(str(error), 503, "unavailable", "model", 1) from None
                 self._refused[ref] = str(error)
                 self._found.fits.pop(ref, None)
                 self._found.problems[ref] = str(error)

@@ -74,8 +74,8 @@ class Sleeper:
         if self._running:
             return False
         self._door.clear()
-        self._asleep = True
         await self._engine.stop()
+        self._asleep = True  # and not before: what wakes next counts on the memory
         log.info("%s sleeps", self._name)
         return True
 

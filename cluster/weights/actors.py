@@ -95,12 +95,18 @@ class Others:
         self._node = node
         # not waited for here: a directory that has just begun as well asks this agent first
         self._said = open_directory().gone.remote(node)
-        self._known: tuple[float, dict[str, Any], list[str]] = (0.0, {}, [])
-        self._ill: dict[str, float] = {}  # until when
+        self._known: dict[str, tuple[float, list[str]]] = {}  # by version: until when, which nodes
+        self._agents: dict[str, Any] = {}
+        self._ill: dict[str, float] = {}  # gave what was bad: until when it is not asked
+        self._slow: dict[str, float] = {}  # did not answer: until when others are asked first
 
     def settle(self) -> None:
         """Wait until that is known: said later, it would take back what has come since."""
-        asked(self._said, CALL_S)
+        try:
+            asked(self._said, CALL_S)
+        except ClusterError:  # the directory began anew meanwhile
+            self._said = open_directory().gone.remote(self._node)
+            asked(self._said, CALL_S)
 
     def find(self, ref: str) -> Bundle | None:
         """See :class:`cluster.weights.agent.Elsewhere`."""
@@ -115,29 +121,36 @@ class Others:
             node = told["NodeID"]
             if not told["Alive"] or node == self._node:
                 continue
-            if asked(open_agent(node).offer.remote(ref), MOVE_S):
-                return self.find(ref)
+            with contextlib.suppress(RoundhouseError):  # another node may have it as well
+                if asked(open_agent(node).offer.remote(ref), MOVE_S):
+                    return self.find(ref)
         return None
 
     def borrow(self, ref: str, pieces: Sequence[str], most: int, who: str) -> Loan | None:
         """See :class:`cluster.weights.exchange.Lenders`."""
         now, any_busy = time.monotonic(), False
-        if now > self._known[0]:
-            told = asked(open_directory().nodes.remote(ref), CALL_S)
-            self._known = now + KNOWN_S, agents(), told
-        _, known, nodes = self._known
+        until, nodes = self._known.get(ref, (0.0, []))
+        if now > until:
+            nodes = asked(open_directory().nodes.remote(ref), CALL_S)
+            fresh = {one: told for one, told in self._known.items() if told[0] > now}
+            self._known, self._agents = {**fresh, ref: (now + KNOWN_S, nodes)}, agents()
+        known = self._agents
         ill = {node for node, until in dict(self._ill).items() if until > now}
+        slow = {node for node, until in dict(self._slow).items() if until > now}
         others = [one for one in nodes if one != self._node and one in known and one not in ill]
-        few = some_of(others)
+        few = some_of([one for one in others if one not in slow] or others)
+        silent = set[str]()
         # first whose link nobody uses: two that take from one node get half of it each
         for node, lends in [(node, lends) for lends in range(1, LENDS + 1) for node in few]:
-            if self._ill.get(node, 0.0) > now:
+            if node in silent:
                 continue
             try:
                 told = known[node].lend.remote(pieces, most, who, lends)
                 has, found = asked(told, LEND_CALL_S)
             except ClusterError:
-                self._ill[node] = now + ILL_S
+                self._slow[node] = now + ILL_S
+                silent.add(node)
+                any_busy = True  # it may have them
                 continue
             if found:
                 return Loan(node, {piece: inside[0] for piece, inside in found.items()})
@@ -150,7 +163,7 @@ class Others:
         """See :class:`cluster.weights.exchange.Lenders`."""
         if failed:
             self._ill[loan.node] = time.monotonic() + ILL_S
-        if agent := self._known[1].get(loan.node):
+        if agent := self._agents.get(loan.node):
             agent.returned.remote(who)
 
     def have(self, bundle: Bundle) -> None:

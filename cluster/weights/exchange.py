@@ -154,16 +154,22 @@ class Fetch:
         return loan
 
     def _take(self, loan: Loan, who: str) -> None:
-        pieces, failed = list(loan.references), True
+        pieces, failed, ours = list(loan.references), True, False
         try:
             arrays = self.get([loan.references[piece] for piece in pieces])
             while arrays:
                 array = arrays.pop()
                 check(Piece(pieces[-1], self.bundle.pieces[pieces[-1]]), array)
-                self.put({pieces.pop(): array})
+                ours = True
+                self.put({pieces[-1]: array})
+                ours = False
+                pieces.pop()
                 self._moved = time.monotonic()
             failed = False
         except (Corrupt, ClusterError) as error:
+            if ours:  # this node has no room: no other lender would help
+                failed = False
+                raise
             self._error = error
             with self._lock:
                 self.left += pieces  # somebody else may have them

@@ -280,7 +280,9 @@ class Rank(ABC):
         from cluster.weights.files import holds
 
         shape = (directory / "config.json").read_text()
-        for other, model in self._models.items():
+        with self._changed:  # versions go while this one is read
+            held = list(self._models.items())
+        for other, model in held:
             if model.native is None or model.content is None:
                 continue
             same = (model.directory / "config.json").read_text() == shape

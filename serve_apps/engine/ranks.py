@@ -121,6 +121,9 @@ class Ranks:
             if link.writer is not None:
                 link.writer.close()
             link.host = link.writer = None
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(EngineError("the engine was stopped"))
         for task in [*self._tasks, *ended]:
             task.cancel()
         await asyncio.gather(*self._tasks, *ended, return_exceptions=True)

@@ -155,7 +155,7 @@ class Traffic:
                     if shadow is not None:
                         said[event.number] += event.text
                     yield event
-            if shadow is not None:
+            if shadow is not None and not shadow.done():  # it may have waited long enough
                 shadow.set_result((said, self._clock() - began))
         finally:
             if shadow is not None:
