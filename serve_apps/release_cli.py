@@ -101,21 +101,24 @@ def release_status(
 @release_app.command("stop")
 def release_stop(name: Name, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Roll a release back at once: the champion answers everything."""
-    console.use_json(as_json)
-    if dry_run:
-        _rehearse(name, "roll back")
-    else:
-        _print(_call("stop_release", name, _who()))
+    _act(name, "stop_release", "roll back", dry_run, as_json)
 
 
 @release_app.command("approve")
 def release_approve(name: Name, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Let a release pass whose evaluations are missing, or show no difference."""
+    _act(name, "approve_release", "approve", dry_run, as_json)
+
+
+def _act(name: str, method: str, what: str, dry_run: bool, as_json: bool) -> None:
     console.use_json(as_json)
     if dry_run:
-        _rehearse(name, "approve")
-    else:
-        _print(_call("approve_release", name, _who()))
+        _rehearse(name, what)
+        return
+    record: Release = _call(method, name, _who())
+    console.out(_line(record))
+    console.out(f"  {_told(record.entries[-1])}")
+    console.result(record.model_dump(mode="json"))
 
 
 def _rehearse(name: str, what: str) -> None:
@@ -183,12 +186,6 @@ def _follow(record: Release) -> Release:
             return record
         time.sleep(POLL_S)
         record = next(r for r in records.of(root, record.name) if r.number == record.number)
-
-
-def _print(record: Release) -> None:
-    console.out(_line(record))
-    console.out(f"  {_told(record.entries[-1])}")
-    console.result(record.model_dump(mode="json"))
 
 
 def _line(record: Release) -> str:
