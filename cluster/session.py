@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     import requests
 
 NAMESPACE = "roundhouse"
+DETACHED = {
+    "namespace": NAMESPACE,
+    "lifetime": "detached",
+    "get_if_exists": True,
+    "num_cpus": 0,
+    "max_restarts": -1,
+}
+"""Of an actor with a name that outlives whoever made it, and comes back after its own death."""
 STATE_SCHEMA = 1
 # Ray hands this to the driver of a submitted job and to nobody else.
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"

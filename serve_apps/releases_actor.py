@@ -9,13 +9,13 @@ from typing import Any
 
 from cluster import logs
 from cluster.errors import RoundhouseError
+from cluster.session import DETACHED, NAMESPACE
 from serve_apps.release_config import Golden
 from serve_apps.release_counts import Counts
 from serve_apps.release_policy import WATCH_S, Order, Report, Snapshot
 from serve_apps.releases import Releases
 
 NAME = "releases"
-NAMESPACE = "roundhouse"
 CALL_S = WATCH_S + 10.0
 """Bound of any call but a promotion."""
 REPLACE_S = 20.0
@@ -76,11 +76,7 @@ def open_releases(revision: str) -> Any:
         ray.remote(ClusterReleases)
         .options(
             name=NAME,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            max_restarts=-1,
+            **DETACHED,
             max_task_retries=0,
             max_concurrency=1000,
         )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.errors import ClusterError, RoundhouseError
-from cluster.session import NAMESPACE
+from cluster.session import DETACHED, NAMESPACE
 from cluster.weights.agent import Agent
 from cluster.weights.directory import WATCH_S, Directory
 from cluster.weights.exchange import LENDS, Loan
@@ -190,11 +190,7 @@ def open_directory() -> Any:
         ray.remote(ClusterDirectory)
         .options(
             name=DIRECTORY,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            max_restarts=-1,
+            **DETACHED,
             max_task_retries=-1,  # its calls may be repeated
             max_concurrency=1000,
         )
@@ -212,11 +208,7 @@ def open_agent(node: str | None = None) -> Any:
         ray.remote(NodeAgent)
         .options(
             name=f"{DIRECTORY}-{node}",
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            max_restarts=-1,
+            **DETACHED,
             max_task_retries=0,
             max_concurrency=8,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),

@@ -115,6 +115,15 @@ def publish(library: Library, tmp_path: Path, name: str = "tiny", mark: str = "a
     return library.publish(name, write_model(tmp_path / f"src-{name}-{mark}", mark), Facts())
 
 
+def two_versions(tmp_path: Path) -> Library:
+    """Return a library with tiny@1, the champion, and tiny@2."""
+    made = Library(tmp_path / "library")
+    publish(made, tmp_path, mark="a")
+    made.move_alias("tiny", "champion", 1, None, "test")
+    publish(made, tmp_path, mark="b")
+    return made
+
+
 class OneKey:
     """A key store with one key, which counts how often it is asked."""
 

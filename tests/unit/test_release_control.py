@@ -19,7 +19,7 @@ from serve_apps.release_config import Golden, ReleasePolicy
 from serve_apps.release_counts import Counts
 from serve_apps.release_policy import Order, Report
 from serve_apps.releases import Releases
-from tests.unit.serving_fixtures import publish, until
+from tests.unit.serving_fixtures import publish, two_versions, until
 
 pytestmark = pytest.mark.anyio
 OLD, NEW = "tiny@1", "tiny@2"
@@ -41,11 +41,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def library(tmp_path: Path) -> Library:
-    made = Library(tmp_path / "library")
-    publish(made, tmp_path, mark="a")
-    made.move_alias("tiny", "champion", 1, None, "test")
-    publish(made, tmp_path, mark="b")
-    return made
+    return two_versions(tmp_path)
 
 
 class Says:

@@ -24,7 +24,7 @@ from serve_apps.release_policy import (
     served_id,
 )
 from serve_apps.releases import Releases
-from tests.unit.serving_fixtures import publish, until
+from tests.unit.serving_fixtures import publish, two_versions, until
 
 pytestmark = pytest.mark.anyio
 OLD, NEW = "tiny@1", "tiny@2"
@@ -38,11 +38,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 def library(tmp_path: Path) -> Library:
-    made = Library(tmp_path / "library")
-    publish(made, tmp_path, mark="a")
-    made.move_alias("tiny", "champion", 1, None, "test")
-    publish(made, tmp_path, mark="b")
-    return made
+    return two_versions(tmp_path)
 
 
 def test_the_alias_moves_when_every_live_replica_holds_the_target() -> None:

@@ -22,7 +22,7 @@ from serve_apps.engine.fake import FakeEngine
 from serve_apps.engine.interface import Chunk, Stream
 from serve_apps.releases import Releases
 from serve_apps.replica import Replica
-from tests.unit.serving_fixtures import IM_END, one_version, publish, until
+from tests.unit.serving_fixtures import IM_END, one_version, publish, two_versions, until
 
 pytestmark = pytest.mark.anyio
 
@@ -46,10 +46,7 @@ class Stage:
 async def stage(
     tmp_path: Path, count: int = 1, drain_s: float = 5.0, update: str = "finish", **fake: object
 ) -> AsyncIterator[Stage]:
-    library = Library(tmp_path / "library")
-    publish(library, tmp_path, mark="a")
-    library.move_alias("tiny", "champion", 1, None, "test")
-    publish(library, tmp_path, mark="b")
+    library = two_versions(tmp_path)
     releases = Releases(library)
     engine = Fake.model_validate({"kind": "fake", **fake})
     fields = {"model": "tiny", "engine": engine, "drain_s": drain_s, "update": update}

@@ -14,7 +14,7 @@ from serve_apps.engine.interface import EngineInfo
 from serve_apps.release_policy import GiveUp, Go, Report, Wait
 from serve_apps.releases import Releases
 from serve_apps.rollout import granted, turns
-from tests.unit.serving_fixtures import publish, until
+from tests.unit.serving_fixtures import two_versions, until
 from tests.unit.test_release_control import FakeReplica
 
 pytestmark = pytest.mark.anyio
@@ -29,11 +29,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 def library(tmp_path: Path) -> Library:
-    made = Library(tmp_path / "library")
-    publish(made, tmp_path, mark="a")
-    made.move_alias("tiny", "champion", 1, None, "test")
-    publish(made, tmp_path, mark="b")
-    return made
+    return two_versions(tmp_path)
 
 
 def on(node: str, free_gb: float, *held: str) -> Report:
