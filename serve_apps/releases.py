@@ -41,7 +41,7 @@ from serve_apps.release_policy import (
 )
 from serve_apps.release_witness import Asker
 from serve_apps.rollout import bytes_of, granted, turns
-from serve_apps.sleep_keeper import Known, SleepKeeper
+from serve_apps.sleep_keeper import LOAD_S, WANTED_S, Known, SleepKeeper
 
 MOVE_S = 180.0
 """Bound of the promotion at the end of a release."""
@@ -162,8 +162,15 @@ class Releases:
 
         Raises ReleaseError for what is not deployed.
         """
+        return self._wake(name, WANTED_S)
+
+    async def load(self, name: str) -> str:
+        """Have a model come into memory that nobody may be waiting for; else as ``wake``."""
+        return self._wake(name, LOAD_S)
+
+    def _wake(self, name: str, wanted_s: float) -> str:
         self._check_deployed(name)
-        why = self._sleep.wake(name)
+        why = self._sleep.wake(name, wanted_s)
         self._look_at_sleep()
         return why
 

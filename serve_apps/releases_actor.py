@@ -150,6 +150,11 @@ class RemoteReleases:
         why: str = await self._call("wake", name)
         return why
 
+    async def load(self, name: str) -> str:
+        """See :meth:`Releases.load`."""
+        why: str = await self._call("load", name)
+        return why
+
     async def unload(self, name: str) -> None:
         """See :meth:`Releases.unload`."""
         await self._call("unload", name)

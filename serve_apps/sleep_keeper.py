@@ -10,6 +10,8 @@ from serve_apps.sleep_policy import Sleep, Tenant, decide
 
 WANTED_S = 10.0
 """Who waits for a model says so again before this is over."""
+LOAD_S = 120.0
+"""Who has one loaded says so once: others have so long to leave for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,10 @@ class SleepKeeper:
         self._met: set[str] = set()
         self._estimates: dict[str, int] = {}
 
-    def wake(self, name: str) -> str:
+    def wake(self, name: str, wanted_s: float = WANTED_S) -> str:
         """Somebody waits for a model: return why it does not come yet, if that is known."""
-        self._wanted[name] = self._clock() + WANTED_S
+        until = self._clock() + wanted_s
+        self._wanted[name] = max(until, self._wanted.get(name, until))
         self._unload.discard(name)
         return self._sleep.waits.get(name, "")
 

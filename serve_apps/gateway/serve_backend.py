@@ -26,7 +26,7 @@ class Snapshots(Protocol):
     async def keep_within(self, budget: int | None) -> None:
         """Say how many bytes models may take of each node's memory."""
 
-    async def wake(self, name: str) -> str:
+    async def load(self, name: str) -> str:
         """Bring a model into memory; return what that waits for, if it does."""
 
     async def unload(self, name: str) -> None:
@@ -43,7 +43,7 @@ class Nobody:
     async def keep_within(self, budget: int | None) -> None:
         """See :class:`Snapshots`."""
 
-    async def wake(self, name: str) -> str:
+    async def load(self, name: str) -> str:
         """See :class:`Snapshots`."""
         return ""
 
@@ -95,7 +95,7 @@ class ServeBackend:
         """See :class:`serve_apps.gateway.backend.Backend`."""
         try:
             if load:
-                return await self._releases.wake(name)
+                return await self._releases.load(name)
             await self._releases.unload(name)
         except RoundhouseError as error:
             log.warning("%s of %s: %s", "load" if load else "unload", name, error)

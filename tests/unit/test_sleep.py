@@ -19,6 +19,7 @@ from serve_apps.engine.restart import Restartable
 from serve_apps.release_policy import Report
 from serve_apps.releases import Releases
 from serve_apps.replica import Replica
+from serve_apps.sleep_keeper import LOAD_S, WANTED_S, Known, SleepKeeper
 from serve_apps.sleep_policy import Tenant, decide
 from tests.unit.serving_fixtures import write_model
 
@@ -87,6 +88,26 @@ def test_a_smaller_budget_and_a_new_model_have_the_longest_unused_leave() -> Non
     new = tenant("new", 0.0, starting=True)
     assert decide([tenant("c", 0.0), new], GB).asleep == {"new"}, "it begins asleep"
     assert decide([tenant("c", 3.0), new], GB).asleep == {"c"}
+
+
+@pytest.mark.parametrize(("wanted_s", "comes"), [(WANTED_S, False), (LOAD_S, True)])
+def test_what_an_operator_loads_is_wanted_until_others_have_had_time_to_leave(
+    wanted_s: float, comes: bool
+) -> None:
+    now = [0.0]
+    keeper = SleepKeeper(lambda: now[0])
+    keeper.budget = GB
+    asleep = Report(None, (), asleep=True, need_bytes=GB)
+    awake = Report("o@1", ("o@1",), idle_s=50.0, need_bytes=GB)
+    models = {"m": Known({"r": asleep}, False, lambda: GB), "o": Known({"r": awake}, False, int)}
+    keeper.look(models)
+    keeper.wake("m", wanted_s)
+    keeper.look(models)
+    assert keeper.ordered("o"), "it makes room"
+    assert keeper.ordered("m"), "and has not left yet"
+    now[0] = WANTED_S + 20.0
+    keeper.look(models | {"o": Known({"r": asleep}, False, int)})
+    assert keeper.ordered("m") is not comes
 
 
 def test_only_what_shares_a_node_leaves() -> None:
