@@ -116,6 +116,10 @@ class Sharded(Frozen):
     step. Never changes an answer; pays where answers repeat their prompts. 0: none."""
     quantization: Literal["none", "int8"] = "none"
     """``int8``: linear weights as 8-bit integers with one scale for each output (CPU only)."""
+    weights: Literal["packed", "shared"] = "packed"
+    """``packed``: each replica has its own copy of the weights. ``shared``: the replicas of a node
+    map one copy on its shelf, packed alike (CPU only); a version then takes longer to load the
+    first time, and next to nothing for every further replica."""
     max_adapters: NonNegativeInt = 16
     """LoRA adapters in memory at once; one more takes the place of the least recently used."""
     max_lora_rank: PositiveInt = 64
@@ -125,6 +129,15 @@ class Sharded(Frozen):
     start_timeout_s: PositiveFloat = 180.0
     step_timeout_s: PositiveFloat = 60.0
     """A step that takes longer means that the rank is stuck."""
+
+    @model_validator(mode="after")
+    def _shelf_can_be_mapped(self) -> Sharded:
+        if self.weights == "shared" and (self.host != "actor" or self.device == "cuda"):
+            raise ValueError(
+                f"weights: shared maps a node's object store into ranks that are Ray actors on a "
+                f"CPU; with host={self.host} and device={self.device} use weights: packed"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cache_holds_one_request(self) -> Sharded:

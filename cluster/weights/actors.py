@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster import logs
 from cluster.errors import ClusterError, RoundhouseError
 from cluster.session import DETACHED, NAMESPACE
 from cluster.weights.agent import Agent
@@ -41,6 +42,7 @@ class NodeAgent(Agent):
     """What Ray runs on a node: an agent over its object store."""
 
     def __init__(self, node: str) -> None:
+        logs.speak()
         self._others = Others(node)
         super().__init__(ObjectStore(), int(SHARE * store_bytes(node)), self._others)
 
@@ -85,6 +87,13 @@ class ObjectStore:
                 "gone, or too slow; publish the version again"
             ) from None
         return arrays
+
+    def spilled(self, references: Sequence[Any]) -> list[bool]:
+        """See :class:`cluster.weights.agent.Store`. This process owns them, and so knows."""
+        from ray.experimental import get_local_object_locations
+
+        told = get_local_object_locations(list(references))
+        return [bool(told.get(one, {}).get("did_spill")) for one in references]
 
 
 class Others:

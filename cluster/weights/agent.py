@@ -6,6 +6,7 @@ as long as it does, whoever handed it over: an object dies with the process that
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -17,8 +18,13 @@ from cluster.library.ref import Ref
 from cluster.library.store import Library
 from cluster.weights.exchange import LENDS, Desk, Fetch, Lenders
 from cluster.weights.files import small_files, stored_tensors
-from cluster.weights.inventory import Inventory
-from cluster.weights.layout import Array, Bundle, Piece, Tensor, cut, hash_of
+from cluster.weights.inventory import PARCEL_S, Inventory
+from cluster.weights.layout import Array, Bundle, Piece, Tensor, cut, hash_of, is_form
+
+Taken = tuple[Bundle, dict[str, list[Any]]]
+"""A version, and a reference to each of its pieces, in a list so that none is read on the way."""
+
+log = logging.getLogger(__name__)
 
 
 class Store(Protocol):
@@ -29,6 +35,9 @@ class Store(Protocol):
 
     def get(self, references: Sequence[Any]) -> list[Array]:
         """Return what lies there, without a copy where it lies on this node."""
+
+    def spilled(self, references: Sequence[Any]) -> list[bool]:
+        """Say of each whether it had to make room in memory, and lies on the node's disk."""
 
 
 class Elsewhere(Lenders, Protocol):
@@ -64,8 +73,10 @@ class Agent:
         self._inventory = Inventory(budget, self._pinned)
         self._lock = threading.RLock()  # over the inventory and the references
         self._making: dict[str, threading.Lock] = {}
+        self._makers: dict[str, tuple[str, float]] = {}  # who prepares a form, and until when
         self._references: dict[str, Any] = {}
         self._desk, self._given = Desk(clock), 0  # bytes lent so far
+        self._told_spilled = 0
 
     def begin(self, parcel: str, pieces: Mapping[str, int]) -> list[str]:
         """Make room for pieces; return those that are not here yet. Raises NotEnough."""
@@ -74,7 +85,8 @@ class Agent:
             missing = self._inventory.begin(parcel, pieces, self._clock())
             self._forget_pieces()
             for ref in before - set(self._inventory.versions):
-                self._elsewhere.lost(ref)
+                if not is_form(ref):
+                    self._elsewhere.lost(ref)
             return missing
 
     def put(self, parcel: str, arrays: Mapping[str, Array]) -> None:
@@ -97,6 +109,7 @@ class Agent:
             self._forget_pieces()
         if tell:
             self._elsewhere.have(bundle)
+        self._spilled()
 
     def abandon(self, parcel: str) -> None:
         """Forget what a writer left on its way."""
@@ -105,8 +118,8 @@ class Agent:
             self._inventory.sweep(self._clock())
             self._forget_pieces()
 
-    def take(self, ref: str, holder: str) -> tuple[Bundle, dict[str, list[Any]]]:
-        """Return a version and a reference to each of its pieces, in a list so that none is read.
+    def take(self, ref: str, holder: str) -> Taken:
+        """Return a version.
 
         What is not here comes from other nodes, else from the library. ``holder`` has it leased
         from now on. Raises UnknownModel where nobody has it, NotEnough where it does not fit.
@@ -117,9 +130,43 @@ class Agent:
             if not self._inventory.whole(ref):
                 self._bring(ref)
         with self._lock:
-            self._inventory.lease(ref, holder, self._clock())
-            bundle = self._inventory.versions[ref].bundle
-            return bundle, {piece: [self._references[piece]] for piece in bundle.pieces}
+            return self._leased(ref, holder)
+
+    def take_form(self, key: str, holder: str) -> Taken | bool:
+        """Return what another rank of this node prepared, or whether ``holder`` is to prepare it.
+
+        One at a time is; who is told no asks again until that one has, or falls silent.
+        """
+        with self._lock:
+            if self._inventory.whole(key):
+                return self._leased(key, holder)
+            maker, until = self._makers.get(key, (holder, 0.0))
+            if maker != holder and until > self._clock():
+                return False
+            self._makers[key] = holder, self._clock() + PARCEL_S
+            return True
+
+    def leave_form(self, key: str, holder: str) -> None:
+        """Let another one prepare what ``holder`` could not."""
+        with self._lock:
+            if self._makers.get(key, ("", 0.0))[0] == holder:
+                del self._makers[key]
+
+    def finish_form(self, parcel: str, bundle: Bundle, holder: str) -> Taken:
+        """Keep what a rank prepared of a version, and return it to be mapped.
+
+        Other nodes are not told: to prepare it there takes no longer than to bring it.
+        """
+        with self._lock:
+            self._makers.pop(bundle.ref, None)
+            if self._inventory.whole(bundle.ref):
+                self._inventory.abandon(parcel)
+            else:
+                self._inventory.finish(parcel, bundle, self._clock())
+            taken = self._leased(bundle.ref, holder)
+            self._inventory.sweep(self._clock())
+            self._forget_pieces()
+            return taken
 
     def offer(self, ref: str) -> bool:
         """Put a version of this node's library on the shelf; False where it is not in there."""
@@ -138,12 +185,17 @@ class Agent:
             for ref in refs:
                 if ref in self._inventory.versions:
                     self._inventory.lease(ref, holder, self._clock())
+            self._inventory.sweep(self._clock())
+            self._forget_pieces()
             return [ref for ref in refs if ref not in self._inventory.versions]
 
     def leave(self, holder: str, ref: str) -> None:
-        """End a lease: the version may go when its room is wanted."""
+        """End a lease: the version may go when its room is wanted, a form goes now."""
         with self._lock:
             self._inventory.leave(ref, holder)
+            if is_form(ref):
+                self._inventory.sweep(self._clock())
+                self._forget_pieces()
 
     def drop(self, ref: str) -> None:
         """Forget a version now; who reads it keeps what it reads."""
@@ -178,7 +230,8 @@ class Agent:
     def bundles(self) -> list[Bundle]:
         """Return what is here: from this the directory of all nodes is made anew."""
         with self._lock:
-            return [held.bundle for held in self._inventory.versions.values()]
+            held = self._inventory.versions.items()
+            return [one.bundle for ref, one in held if not is_form(ref)]
 
     def status(self) -> dict[str, Any]:
         """Return bytes and versions of this node."""
@@ -190,11 +243,13 @@ class Agent:
                 "pieces": len(self._inventory.pieces),
                 "parcels": len(self._inventory.parcels),
                 "given": self._given,
+                "spilled": self._spilled(),
                 "versions": {
                     ref: {
                         "bytes": held.bundle.nbytes,
                         "users": len(held.leases) if held.leased(now) else 0,
                         "pinned": self._pinned(ref),
+                        "form": is_form(ref),
                         "whole": self._inventory.whole(ref),
                     }
                     for ref, held in self._inventory.versions.items()
@@ -255,8 +310,30 @@ class Agent:
             return False
         return True
 
+    def _spilled(self) -> int:
+        """Return the bytes that other objects have driven out of memory, and tell of new ones."""
+        with self._lock:
+            pieces = [piece for piece in self._references if piece in self._inventory.pieces]
+            out = self._store.spilled([self._references[piece] for piece in pieces])
+            sizes = self._inventory.pieces
+            size = sum(sizes[piece] for piece, gone in zip(pieces, out, strict=True) if gone)
+        if size > self._told_spilled:
+            log.warning(
+                "%.0f MB of the shelf were spilled to disk: readers wait for it; start the node "
+                "with a larger object store", size / 1e6,
+            )  # fmt: skip
+        self._told_spilled = size
+        return size
+
+    def _leased(self, ref: str, holder: str) -> Taken:
+        self._inventory.lease(ref, holder, self._clock())
+        bundle = self._inventory.versions[ref].bundle
+        return bundle, {piece: [self._references[piece]] for piece in bundle.pieces}
+
     def _pinned(self, ref: str) -> bool:
         """Say whether an alias of the library means a version."""
+        if is_form(ref):
+            return False
         parsed = Ref.parse(ref)
         try:
             return parsed.version in self._library.aliases(parsed.name).values()

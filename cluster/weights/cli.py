@@ -27,7 +27,7 @@ def list_(as_json: AsJson = False) -> None:
             ref,
             f"{told['bytes'] / 1e6:,.0f} MB",
             told["users"],
-            "an alias means it" if told["pinned"] else "" if told["users"] else "may go",
+            _why_here(told),
         )
         for node, status in sorted(nodes.items())
         for ref, told in sorted(status["versions"].items())
@@ -35,8 +35,10 @@ def list_(as_json: AsJson = False) -> None:
     if not as_json:
         console.table("versions on the shelf", ("node", "version", "size", "users", ""), rows)
         for node, status in sorted(nodes.items()):
+            spilled = f", {status['spilled'] / 1e6:,.0f} MB of it spilled to disk"
             console.out(
                 f"{node[:8]}: {status['bytes'] / 1e6:,.0f} of {status['budget'] / 1e6:,.0f} MB"
+                f"{spilled if status['spilled'] else ''}"
             )
     console.result({"nodes": nodes})
 
@@ -45,17 +47,23 @@ def list_(as_json: AsJson = False) -> None:
 def remove(ref: Reference, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Take a version off every node's shelf; who has loaded it keeps what it loaded."""
     console.use_json(as_json)
-    having = [node for node, status in _status().items() if ref in status["versions"]]
+    told = {node: status["versions"].get(ref) for node, status in _status().items()}
+    having = [node for node, one in told.items() if one and not one["form"]]
     if not having:
         raise UnknownModel(f"{ref} is on no shelf; `roundhouse shelf list` says what is")
-    told = {"ref": ref, "nodes": having, "dry_run": dry_run}
     if not dry_run:
         from cluster.weights.client import withdraw
 
         withdraw(ref)
     where = console.counted(len(having), "node")
     console.out(f"{'would take' if dry_run else 'took'} {ref} off the shelf of {where}")
-    console.result(told)
+    console.result({"ref": ref, "nodes": having, "dry_run": dry_run})
+
+
+def _why_here(told: dict[str, Any]) -> str:
+    if told["form"]:
+        return "as ranks read it"
+    return "an alias means it" if told["pinned"] else "" if told["users"] else "may go"
 
 
 def _status() -> dict[str, dict[str, Any]]:

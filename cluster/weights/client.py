@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import ClusterError
 from cluster.home import home
 from cluster.weights.actors import (
     CALL_S,
@@ -23,6 +24,7 @@ from cluster.weights.actors import (
     open_directory,
     this_node,
 )
+from cluster.weights.agent import Taken
 from cluster.weights.files import write_files
 from cluster.weights.layout import (
     Array,
@@ -41,6 +43,9 @@ GROUP_BYTES = 64 << 20
 """Tensors that are hashed and offered together: what a writer holds beside the model."""
 PENDING = 2
 """Groups on their way to the agent at once."""
+
+FORM_POLL_S = 0.1
+"""Between two questions whether another process has prepared a form."""
 
 Named = tuple[str, Any]
 
@@ -160,7 +165,48 @@ def fetch(ref: str, holder: str, verify: bool = True) -> Fetched:
 
     ``verify`` reads every byte and raises Corrupt where one differs from its hash.
     """
-    bundle, references = asked(open_agent().take.remote(ref, holder), MOVE_S)
+    return _mapped(asked(open_agent().take.remote(ref, holder), MOVE_S), verify)
+
+
+def find_form(key: str, holder: str) -> Fetched | None:
+    """Map what another process of this node prepared of a version.
+
+    None where the caller is to prepare it, which it ends with `put_form` or `leave_form`: of
+    several that ask at once the others wait for it here. Raises Corrupt as `fetch` does.
+    """
+    agent, until = open_agent(), time.monotonic() + MOVE_S
+    while time.monotonic() < until:
+        told = asked(agent.take_form.remote(key, holder), CALL_S)
+        if not isinstance(told, bool):
+            return _mapped(told, verify=True)
+        if told:
+            return None
+        time.sleep(FORM_POLL_S)
+    raise ClusterError(f"{key} was not prepared on this node within {MOVE_S:g} s; repeat")
+
+
+def leave_form(key: str, holder: str) -> None:
+    """Say that the caller does not prepare it after all."""
+    asked(open_agent().leave_form.remote(key, holder), CALL_S)
+
+
+def put_form(key: str, tensors: Iterable[Named], holder: str) -> Fetched:
+    """Put what this process prepared of a version on the shelf, and map it from there.
+
+    Raises NotEnough where it does not fit beside what is in use.
+    """
+    writer, parcel = Writer(), uuid.uuid4().hex
+    try:
+        bundle = Bundle(key, {}, writer.ship(parcel, tensors), created=time.time())
+        taken = asked(open_agent().finish_form.remote(parcel, bundle, holder), CALL_S)
+    except BaseException:
+        writer.abandon(parcel)
+        raise
+    return _mapped(taken, verify=False)
+
+
+def _mapped(taken: Taken, verify: bool) -> Fetched:
+    bundle, references = taken
     names = list(bundle.pieces)
     arrays = ObjectStore().get([references[piece][0] for piece in names])
     pieces = dict(zip(names, arrays, strict=True))

@@ -2,7 +2,8 @@
 
 A piece stays while a version that is here has it, or a parcel that is on its way. A version stays
 while somebody uses it (a lease that is renewed) or an alias means it; of the others the longest
-unused go when room is wanted. Times are seconds of a monotonic clock.
+unused go when room is wanted. What readers prepared of a version goes with its last user. Times are
+seconds of a monotonic clock.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from cluster.errors import NotEnough
-from cluster.weights.layout import Bundle
+from cluster.weights.layout import Bundle, is_form
 
 LEASE_S = 60.0
 """Who uses a version says so again before this is over."""
@@ -121,6 +122,11 @@ class Inventory:
 
     def sweep(self, now: float) -> list[str]:
         """Forget pieces that nothing has any more, and return them."""
+        unused = [
+            ref for ref, held in self.versions.items() if is_form(ref) and not held.leased(now)
+        ]
+        for ref in unused:
+            self.drop(ref)
         self.parcels = {name: one for name, one in self.parcels.items() if one.until > now}
         used = {piece for held in self.versions.values() for piece in held.bundle.pieces}
         used |= {piece for parcel in self.parcels.values() for piece in parcel.pieces}

@@ -101,6 +101,19 @@ class Bundle:
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
+def form_key(ref: str, form: str) -> str:
+    """Return what a node's shelf calls a version as a certain reader prepares it.
+
+    Such a form stays on its node, and goes as soon as its last user has left.
+    """
+    return f"{ref}#{form}"
+
+
+def is_form(key: str) -> bool:
+    """Say whether a key of the shelf is that of a form."""
+    return "#" in key
+
+
 def cut_shape(shape: tuple[int, ...], dim: int, parts: int) -> tuple[int, ...]:
     """Return the shape of each of ``parts`` equal parts along ``dim``; ConfigError if it is not."""
     if parts == 1:

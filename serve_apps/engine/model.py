@@ -6,7 +6,7 @@ import copy
 import ctypes
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,10 @@ class LoadedModel:
     ) -> None:
         """``dtype`` is what is computed in, by default the weights' own."""
         self._module, self._ranks, self._quantization = module, ranks, quantization
-        self.adapters = lora.Adapters(module, ranks)
+        # Bare, as it is where its weights are mapped, a module lies on no device
+        cpu = torch.device("cpu")
+        self.device: torch.device = cpu if module.device.type == "meta" else module.device
+        self.adapters = lora.Adapters(module, ranks, self.device)
         self.native: NativeDecoder | None = None
         """Computes whole steps, where the kernels know this model."""
         self._group: Any | None = None
@@ -55,7 +58,6 @@ class LoadedModel:
         self.model_type: str = module.config.model_type
         self.vocab_size: int = config.vocab_size
         self.context: int | None = _context(config)
-        self.device: torch.device = module.device
         self.dtype: torch.dtype = dtype or module.dtype
         self.geometry = Geometry(
             layers=config.num_hidden_layers,
@@ -122,11 +124,19 @@ class LoadedModel:
             torch.distributed.destroy_process_group(self._group)
             self._group = None
 
-    def prepare(self, step_timeout_s: float = 60.0, proven: bool = False) -> None:
+    def prepare(
+        self,
+        step_timeout_s: float = 60.0,
+        proven: bool = False,
+        made: Sequence[torch.Tensor] | None = None,
+        shareable: bool = False,
+    ) -> None:
         """Pack the weights, put our attention in, and prove both on a few tokens.
 
         Where a version that differs in its numbers alone was ``proven`` before, it is enough that
-        these give logits at all. EngineError names the model type and what does not hold.
+        these give logits at all, and so where ``made`` is what another rank packed and proved.
+        What others should map (``shareable``) is in no library's own layout. EngineError names
+        the model type and what does not hold.
 
         Several architectures accept a foreign attention by name and never call it; others add
         terms of their own to the scores. Both would answer wrongly without a word.
@@ -136,19 +146,20 @@ class LoadedModel:
             raise self._refused(f"its forward takes no {', '.join(sorted(missing))}")
         if self._ranks > 1:
             self._group = tensor_parallel.make_local(self._module, step_timeout_s)
-        if self._quantization != "none":
+        if self._quantization != "none" and made is None:
             packing.round_linears(self._module)
         kernels = self._kernels()
         if not kernels and self._module.dtype != self.dtype:
             self._module.to(self.dtype)
         length = min(41, self.context or 41)  # several blocks
         ids = [(7 * i + 1) % self.vocab_size for i in range(length)]
-        wanted = None if proven else self._reference(ids, bool(kernels))
+        known = proven or made is not None
+        wanted = None if known else self._reference(ids, bool(kernels))
         if kernels:
-            self.native = NativeDecoder(kernels, self._module, self._quantization)
+            self.native = NativeDecoder(kernels, self._module, self._quantization, made)
             self.weight_bytes = self.native.weight_bytes
         else:
-            packing.pack_linears(self._module, self._quantization)
+            packing.pack_linears(self._module, self._quantization, shareable)
             self.weight_bytes = packing.weight_bytes(self._module)
             self._module.set_attn_implementation(attention.NAME)
         ours, called = self._probe_logits(ids)
@@ -163,6 +174,20 @@ class LoadedModel:
         apart = float((ours - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
         if not apart <= TOLERANCE[self.dtype]:
             raise self._refused(f"its logits differ by {apart:.1e} from its own attention's")
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that this rank reads of its weights, in an order that the model's shape gives."""
+        return self.native.tensors if self.native else packing.tensors_of(self._module)
+
+    def settle(self, made: Sequence[torch.Tensor]) -> None:
+        """Use equal ``tensors`` in the place of its own, which are freed."""
+        if self.native:
+            library = build.library()
+            assert library is not None
+            self.native = NativeDecoder(library, self._module, self._quantization, made)
+        else:
+            packing.settle(self._module, made)
 
     def _reference(self, ids: list[int], widen: bool) -> torch.Tensor:
         """Return the model's own logits ``[2, vocab]`` of the first token and of the last."""
@@ -307,6 +332,30 @@ def read_model(
         raise EngineError(f"{directory} cannot be loaded as a causal decoder: {error}") from error
     module.to(device).eval().requires_grad_(False)
     return LoadedModel(module, path, ranks, quantization, dtype)
+
+
+def bare_model(
+    directory: str, dtype: torch.dtype, quantization: Quantization = "none"
+) -> LoadedModel | None:
+    """Return a model without weights, to be prepared with what another rank made of them.
+
+    None where the native kernels do not compute the whole of it: its layers want to be read.
+    """
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    if config.model_type not in FAMILY or build.library() is None:
+        return None
+    stored = _read_as(config, dtype, None) if quantization == "none" else dtype
+    with torch.device("meta"):
+        module = _class_of(config)._from_config(config, dtype=stored)
+    # its angles follow from the configuration, and are in no file
+    module.model.rotary_emb = type(module.model.rotary_emb)(config)
+    if why := unsupported(module):
+        log.info("%s is read, not mapped: %s", directory, why)
+        return None
+    module.eval().requires_grad_(False)
+    return LoadedModel(module, Path(directory), 1, quantization, dtype)
 
 
 def _class_of(config: Any) -> Any:

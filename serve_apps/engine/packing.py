@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,9 +56,22 @@ class NativeLinear(_Packed):
 
     def __init__(self, linear: Any, library: ctypes.CDLL, quantization: Quantization) -> None:
         super().__init__(linear)
-        self._library, self._kept = library, layout.Kept()
-        self._matrix = layout.matrix(self._kept, linear.weight, linear.bias, quantization)
+        self._library, self._quantization = library, quantization
+        self._pack(linear.weight)
+
+    def _pack(self, weight: torch.Tensor, made: Iterable[torch.Tensor] | None = None) -> None:
+        self._kept = layout.Kept(made)
+        self._matrix = layout.matrix(self._kept, weight, self.bias, self._quantization)
         self.nbytes = self._kept.nbytes
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What the kernels read."""
+        return self._kept.tensors
+
+    def settle(self, made: Iterable[torch.Tensor]) -> None:
+        """Use equal ``tensors`` in the place of its own."""
+        self._pack(self.weight, made)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ weight.T + bias`` in the dtype of ``x``."""
@@ -92,11 +106,31 @@ def weight_bytes(module: Any) -> int:
     return packed + sum(int(p.nbytes) for p in module.parameters() if p.device.type != "meta")
 
 
-def pack_linears(module: Any, quantization: Quantization = "none") -> int:
+def tensors_of(module: Any) -> list[torch.Tensor]:
+    """Return all weights below ``module``, packed or not, each once, in its own order."""
+    found = [t for layer in _native(module) for t in layer.tensors]
+    return found + [p.detach() for p in module.parameters() if p.device.type != "meta"]
+
+
+def settle(module: Any, made: Sequence[torch.Tensor]) -> None:
+    """Use equal tensors, as `tensors_of` returned them, in the place of the module's own."""
+    left = iter(made)
+    for layer in _native(module):
+        layer.settle(left)
+    for parameter in module.parameters():
+        if parameter.device.type != "meta":
+            parameter.data = next(left)
+
+
+def _native(module: Any) -> list[NativeLinear]:
+    return [layer for layer in module.modules() if isinstance(layer, NativeLinear)]
+
+
+def pack_linears(module: Any, quantization: Quantization = "none", shareable: bool = False) -> int:
     """Replace every plain ``nn.Linear`` on a CPU below ``module``; return how many.
 
-    Without our kernels oneDNN packs float32 weights, others stay as they are; EngineError when
-    ``quantization`` asks for what only the kernels can.
+    Without our kernels oneDNN packs float32 weights unless they are to be ``shareable``, others
+    stay as they are; EngineError when ``quantization`` asks for what only the kernels can.
     """
     library = build.library()
     if library is None and quantization != "none":
@@ -113,7 +147,7 @@ def pack_linears(module: Any, quantization: Quantization = "none") -> int:
     for parent, name, child in found:
         if library is not None and child.weight.dtype in layout.TYPES:
             setattr(parent, name, NativeLinear(child, library, quantization))
-        elif child.weight.dtype == torch.float32 and _one_dnn():
+        elif child.weight.dtype == torch.float32 and _one_dnn() and not shareable:
             setattr(parent, name, OneDnnLinear(child))
     log.info("packed %d linear layers", len(found))
     return len(found)

@@ -22,18 +22,20 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import EngineError, RoundhouseError
 from serve_apps.engine.native import build
 from serve_apps.engine.plan import StepPlan
+from serve_apps.engine.reading import Reader, tensors_of
 from serve_apps.engine.slices import ask_for_long_slices
 from serve_apps.engine.wire import Frames, RankSpec, pack
 
 if TYPE_CHECKING:
     import torch
 
-    from cluster.weights.client import Fetched
     from serve_apps.engine.group import Group
     from serve_apps.engine.kv_cache import KVCache
     from serve_apps.engine.model import LoadedModel
 
 BEAT_S = 1.0
+LOAD = ("version", "directory", "holder")
+"""What the front says of a version to load."""
 ADAPT = ("adapter", "base", "directory", "max_rank", "holder")
 """What the front says of an adapter to read."""
 LEAVE_S = 5.0
@@ -55,8 +57,6 @@ class Rank(ABC):
         self._stopping = self._ended = False
         self._steps = 0
         self._jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._proven: set[str] = set()
-        """Configurations of which a version was computed as its model does."""
 
     def run(self) -> None:
         """Join the other ranks and serve until told to stop."""
@@ -71,13 +71,17 @@ class Rank(ABC):
         self._device = self._pick_device()
         self._dtype = getattr(torch, resolve_dtype(self._spec.dtype, self._device.type))
         self._group: Group = Group(self._spec, self._device)
+        self._reader = Reader(self._spec, self._group, self._device, self._dtype)
         hello = {"t": "hello", "rank": self._spec.rank, "pid": os.getpid()}
         self._send({**hello, "device": self._device.type})
         self._start_loader()
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         if self._device.type == "cpu":
             ask_for_long_slices()
-        self._loop()
+        try:
+            self._loop()
+        finally:
+            self._reader.close()
         self._ended = True
 
     def _start_loader(self) -> None:
@@ -146,6 +150,7 @@ class Rank(ABC):
         if model is not None:
             model.close()
             del model
+            self._reader.leave(version)
             trim()
 
     # The reader's thread
@@ -187,7 +192,7 @@ class Rank(ABC):
                 if message["t"] == "adapt":
                     told = self._adapt(**{k: message[k] for k in ADAPT})
                 else:
-                    told = self._load(message["version"], message["directory"], message["holder"])
+                    told = self._load_version(**{k: message[k] for k in LOAD})
             except RoundhouseError as error:
                 self._reply_error(message, type(error).__name__, str(error))
             except Exception as error:
@@ -196,20 +201,20 @@ class Rank(ABC):
             else:
                 self._reply(message, told)
 
+    def _load_version(self, version: str, directory: str, holder: str | None) -> dict[str, Any]:
+        try:
+            return self._load(version, directory, holder)
+        except Exception:
+            if version not in self._models:
+                self._reader.leave(version)
+            raise
+
     def _load(self, version: str, directory: str, holder: str | None) -> dict[str, Any]:
         spec, group = self._spec, self._group
-        began = time.monotonic()
-        model = None if holder or group.size > 1 else self._twin_of(version, Path(directory))
-        if model is None:
-            model = group.all_or_none(lambda: self._read_model(version, directory, holder))
-            read_s = time.monotonic() - began
-            shape = (Path(directory) / "config.json").read_text()
-            group.all_or_none(lambda: model.prepare(spec.step_timeout_s, shape in self._proven))
-            self._proven.add(shape)
-            log.info(
-                "%s: read in %.2f s, packed and proven in %.2f s",
-                version, read_s, time.monotonic() - began - read_s,
-            )  # fmt: skip
+        with self._changed:  # versions go while this one is read
+            held = dict(self._models)
+        model = self._reader.model(version, Path(directory), holder, held)
+        held.clear()
         self._ready(model)
         trim()
         length = min(spec.max_model_len, model.context or spec.max_model_len)
@@ -257,40 +262,6 @@ class Rank(ABC):
                 model.adapters.drop(adapter)  # it may fit here and on another rank not
             raise
 
-    def _read_model(self, version: str, directory: str, holder: str | None) -> LoadedModel:
-        from serve_apps.engine.model import read_model
-
-        spec, fetched = self._spec, None
-        if holder:
-            from cluster.weights.client import fetch
-
-            fetched = fetch(version, holder)
-        state = tensors_of(fetched) if fetched else None
-        model = read_model(
-            directory, self._device, self._dtype, spec.num_ranks, spec.quantization, state
-        )
-        model.content = fetched.bundle.tensors if fetched else None
-        return model
-
-    def _twin_of(self, version: str, directory: Path) -> LoadedModel | None:
-        """Return a held model again where a directory has the same weights, told by their hashes.
-
-        What a run publishes last is as a rule what it put on the shelf last.
-        """
-        from cluster.weights.files import holds
-
-        shape = (directory / "config.json").read_text()
-        with self._changed:  # versions go while this one is read
-            held = list(self._models.items())
-        for other, model in held:
-            if model.native is None or model.content is None:
-                continue
-            same = (model.directory / "config.json").read_text() == shape
-            if same and holds(directory, model.content):
-                log.info("%s is what %s is: nothing is read", version, other)
-                return model.again()
-        return None
-
     @abstractmethod
     def _cache_made(self, cache: KVCache) -> None:
         """Take note of a new cache, under the lock."""
@@ -328,13 +299,6 @@ class Rank(ABC):
     def _send(self, message: dict[str, Any]) -> None:
         with self._send_lock:
             self._sock.sendall(pack(message))
-
-
-def tensors_of(fetched: Fetched) -> dict[str, torch.Tensor]:
-    """Return a version's tensors as they lie on this node's shelf, without a copy."""
-    from cluster.weights.layout import tensor_of
-
-    return {name: tensor_of(array, dtype) for name, dtype, array in fetched.whole()}
 
 
 def trim() -> None:

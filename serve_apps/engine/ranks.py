@@ -150,6 +150,7 @@ class Ranks:
             prefix_cache=c.prefix_cache,
             prompt_lookup=c.prompt_lookup,
             quantization=c.quantization,
+            weights=c.weights,
             threads=c.threads,
             start_timeout_s=c.start_timeout_s,
             step_timeout_s=c.step_timeout_s,

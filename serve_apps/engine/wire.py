@@ -61,6 +61,7 @@ class RankSpec:
     prefix_cache: bool
     prompt_lookup: int
     quantization: Literal["none", "int8"]
+    weights: Literal["packed", "shared"]
     threads: int | None
     start_timeout_s: float
     step_timeout_s: float

@@ -19,7 +19,18 @@ from cluster.weights.agent import Agent
 from cluster.weights.directory import Directory
 from cluster.weights.exchange import LEND_S, LENDS, Loan
 from cluster.weights.inventory import LEASE_S, PARCEL_S
-from cluster.weights.layout import Array, Bundle, Piece, Tensor, check, cut, hash_of, joined, share
+from cluster.weights.layout import (
+    Array,
+    Bundle,
+    Piece,
+    Tensor,
+    check,
+    cut,
+    form_key,
+    hash_of,
+    joined,
+    share,
+)
 from tests.unit.serving_fixtures import write_model
 
 
@@ -31,6 +42,11 @@ class Store:
 
     def get(self, references: Sequence[Any]) -> list[Array]:
         return list(references)
+
+    full = False
+
+    def spilled(self, references: Sequence[Any]) -> list[bool]:
+        return [self.full and n == 0 for n, _ in enumerate(references)]
 
 
 class Network:
@@ -340,6 +356,79 @@ def test_many_nodes_take_from_each_other_and_not_all_from_the_first(clock: Clock
     assert sum(network.asked.values()) == 5 * len(arrays)
     assert network.asked["a"] < 4 * len(arrays)
     assert len(network.asked) > 2
+
+
+def test_what_is_spilled_is_told(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    agent = Network().join("a", 10_000, clock)
+    put(agent, "m@1", array(1))
+    assert agent.status()["spilled"] == 0
+    Store.full = True
+    try:
+        put(agent, "m@2", array(2))
+        assert "spilled to disk" in caplog.text
+        assert agent.status()["spilled"] == array(1).nbytes
+    finally:
+        Store.full = False
+
+
+def form(ref: str, seed: int) -> Bundle:
+    return bundle_of(form_key(ref, "packed"), array(seed))
+
+
+def put_form(agent: Agent, bundle: Bundle, made: Array, holder: str) -> Any:
+    agent.begin(f"parcel of {holder}", bundle.pieces)
+    agent.put(f"parcel of {holder}", {hash_of(made): made})
+    return agent.finish_form(f"parcel of {holder}", bundle, holder)
+
+
+def test_RC10_one_rank_prepares_a_version_and_the_others_wait_for_it(clock: Clock) -> None:
+    agent = Network().join("a", 10_000, clock)
+    made = form("m@1", 1)
+    assert agent.take_form(made.ref, "first") is True
+    assert agent.take_form(made.ref, "second") is False
+    taken = put_form(agent, made, array(1), "first")
+    assert agent.take_form(made.ref, "second") == taken
+    assert agent.status()["versions"][made.ref]["users"] == 2
+
+
+def test_RC10_who_cannot_prepare_it_or_falls_silent_lets_another_one(clock: Clock) -> None:
+    agent = Network().join("a", 10_000, clock)
+    key = form("m@1", 1).ref
+    assert agent.take_form(key, "first") is True
+    agent.leave_form(key, "second")  # not its own to leave
+    assert agent.take_form(key, "second") is False
+    agent.leave_form(key, "first")
+    assert agent.take_form(key, "second") is True
+    clock.now += PARCEL_S + 1
+    assert agent.take_form(key, "third") is True
+
+
+def test_RC10_a_form_goes_with_its_last_user_even_if_that_one_died(clock: Clock) -> None:
+    network = Network()
+    agent = network.join("a", 10_000, clock)
+    put(agent, "m@1", array(1))
+    for holder in ("first", "second"):
+        put_form(agent, form("m@1", 2), array(2), holder)
+    key = form("m@1", 2).ref
+    agent.leave("first", key)
+    assert agent.status()["pieces"] == 2
+    agent.leave("second", key)
+    assert agent.status()["pieces"] == 1, "the version itself stays"
+    put_form(agent, form("m@1", 2), array(2), "killed")
+    clock.now += LEASE_S + 1
+    agent.renew("another", [])
+    assert key not in agent.status()["versions"]
+    assert agent.status()["bytes"] == array(1).nbytes
+
+
+def test_RC10_a_form_stays_on_its_node(clock: Clock) -> None:
+    network = Network()
+    agent = network.join("a", 10_000, clock)
+    made = form("m@1", 1)
+    put_form(agent, made, array(1), "first")
+    assert agent.bundles() == []
+    assert not network.bundles
+    assert network.join("b", 10_000, clock).take_form(made.ref, "other") is True
 
 
 @pytest.mark.anyio

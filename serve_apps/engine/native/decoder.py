@@ -7,6 +7,7 @@ proves so (`LoadedModel.prepare`). What is not built this way stays with transfo
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,11 +53,17 @@ class NativeDecoder:
     """Weights packed for the kernels; ``forward`` may be called by one thread at a time."""
 
     def __init__(
-        self, library: ctypes.CDLL, module: Any, quantization: Quantization = "none"
+        self,
+        library: ctypes.CDLL,
+        module: Any,
+        quantization: Quantization = "none",
+        made: Iterable[torch.Tensor] | None = None,
     ) -> None:
+        """``made``: the ``tensors`` of another one of these weights; ``module`` is bare then."""
         self._library, config = library, module.config
-        self._kept = kept = Kept()
-        self._embedding = layout.narrowed(module.get_input_embeddings().weight.detach())
+        self._kept = kept = Kept(made)
+        embedding = module.get_input_embeddings().weight.detach()
+        self._embedding = kept.keep(lambda: layout.narrowed(embedding))
         self._rotary = module.model.rotary_emb
         self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
         layers = module.model.layers
@@ -86,9 +93,14 @@ class NativeDecoder:
         """Set to float64 zeros, one for each of ``layout.PARTS``, to have time added up there."""
 
     @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The packed weights and the embedding, in an order that the model's shape gives."""
+        return self._kept.tensors
+
+    @property
     def weight_bytes(self) -> int:
-        """Bytes of the packed weights and the embedding."""
-        return self._kept.nbytes + int(self._embedding.nbytes)
+        """Bytes of them."""
+        return self._kept.nbytes
 
     def forward(
         self,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterable
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
-from typing import Any, Literal
+from functools import cache
+from typing import Literal
 
 import torch
+
+from cluster.errors import EngineError
 
 PANEL = 16
 """Outputs of a panel, and tokens of a block of the cache: the kernels' NR."""
@@ -140,28 +144,39 @@ def agree(library: ctypes.CDLL) -> bool:
 class Kept:
     """Tensors that structures point into; they live as long as this."""
 
-    def __init__(self) -> None:
-        self._tensors: list[torch.Tensor] = []
+    def __init__(self, made: Iterable[torch.Tensor] | None = None) -> None:
+        """``made``: what another one kept of the same weights, in its order, to be taken as it is.
 
-    def pointer(self, tensor: torch.Tensor | None) -> int | None:
-        """Keep a contiguous tensor and return its address."""
+        Then nothing is computed, and the weights may have shapes alone.
+        """
+        self.tensors: list[torch.Tensor] = []
+        self._made = None if made is None else iter(made)
+
+    def keep(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Keep the contiguous tensor that ``make`` returns, or what was made in its place."""
+        tensor = make() if self._made is None else next(self._made, None)
         if tensor is None:
-            return None
-        self._tensors.append(tensor)
-        return int(tensor.data_ptr())
+            raise EngineError("fewer packed weights lie here than this model has")
+        self.tensors.append(tensor)
+        return tensor
+
+    def pointer(self, make: Callable[[], torch.Tensor]) -> int:
+        """Keep a tensor and return its address."""
+        return int(self.keep(make).data_ptr())
 
     def vector(self, tensor: torch.Tensor | None) -> int | None:
         """Keep a float32 copy, padded with zeros to whole panels."""
-        if tensor is None:
-            return None
-        wide = tensor.detach().float().reshape(-1)
-        short = -len(wide) % PANEL
-        return self.pointer(torch.nn.functional.pad(wide, (0, short)).contiguous())
+        return None if tensor is None else self.pointer(lambda: _padded(tensor))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
-        return sum(tensor.nbytes for tensor in self._tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def _padded(vector: torch.Tensor) -> torch.Tensor:
+    wide = vector.detach().float().reshape(-1)
+    return torch.nn.functional.pad(wide, (0, -len(wide) % PANEL)).contiguous()
 
 
 def panels(weight: torch.Tensor) -> torch.Tensor:
@@ -203,28 +218,34 @@ def matrix(
     partner: torch.Tensor | None = None,
 ) -> Matrix:
     """Pack a weight ``[outputs, inputs]``; with ``partner`` the panels of both take turns."""
-    scales: torch.Tensor | None = None
-    parts: list[Any] = []
-    both = [weight.detach()] if partner is None else [weight.detach(), partner.detach()]
-    if quantization == "none":
-        narrow = [narrowed(one) for one in both]
-        both = narrow if len({one.dtype for one in narrow}) == 1 else both
-    for one in both:
-        if quantization == "int8":
-            values, scale = quantized(one)
-            scales = torch.nn.functional.pad(scale, (0, -len(scale) % PANEL)).view(-1, PANEL)
-            parts.append((panels(values), scales))
-        else:
-            parts.append((panels(one), None))
-    data = torch.stack([p for p, _ in parts], dim=1).flatten(0, 1).contiguous()
-    if scales is not None:
-        scales = torch.stack([s for _, s in parts], dim=1).contiguous()
-    outputs = weight.shape[0] * len(parts)
+    both = [one.detach() for one in (weight, partner) if one is not None]
+    pack = cache(lambda: _packed(both, quantization))
+    data = kept.keep(lambda: pack()[0])
+    shape = -(-weight.shape[0] // PANEL) * len(both), weight.shape[1], PANEL
+    if data.shape != shape or not data.is_contiguous():
+        raise EngineError(f"packed weights of shape {tuple(data.shape)} lie where {shape} should")
     return Matrix(
-        data=kept.pointer(data),
-        scale=kept.pointer(scales),
+        data=data.data_ptr(),
+        scale=kept.pointer(lambda: pack()[1]) if quantization == "int8" else None,
         bias=kept.vector(bias),
         type=TYPES[data.dtype],
-        outputs=outputs,
+        outputs=weight.shape[0] * len(both),
         inputs=weight.shape[1],
     )
+
+
+def _packed(
+    weights: list[torch.Tensor], quantization: Quantization
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the panels of weights that take turns, and their scales, where there are any."""
+    if quantization == "none":
+        narrow = [narrowed(one) for one in weights]
+        same = len({one.dtype for one in narrow}) == 1
+        return _in_turns([panels(one) for one in (narrow if same else weights)]), torch.empty(0)
+    values, scales = zip(*(quantized(one) for one in weights), strict=True)
+    padded = [torch.nn.functional.pad(s, (0, -len(s) % PANEL)).view(-1, PANEL) for s in scales]
+    return _in_turns([panels(one) for one in values]), _in_turns(padded)
+
+
+def _in_turns(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(parts, dim=1).flatten(0, 1).contiguous()

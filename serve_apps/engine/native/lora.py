@@ -77,9 +77,9 @@ class NativeLora:
         join = (lambda x: torch.stack(x, dim=1).flatten(0, 1)) if turns else torch.cat
         up = layout.narrowed(join(ups)).contiguous()
         return Low(
-            down=kept.pointer(down),
-            up=kept.pointer(up),
-            starts=kept.pointer(join(starts).to(torch.int32).contiguous()),
+            down=kept.pointer(lambda: down),
+            up=kept.pointer(lambda: up),
+            starts=kept.pointer(lambda: join(starts).to(torch.int32).contiguous()),
             down_type=TYPES[down.dtype],
             up_type=TYPES[up.dtype],
             width=len(down) * PANEL,

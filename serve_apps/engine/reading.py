@@ -1,0 +1,151 @@
+"""How a rank comes by a version: it has the same weights already, maps them, or reads and packs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.errors import EngineError
+from serve_apps.engine.wire import RankSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from cluster.weights.client import Fetched
+    from serve_apps.engine.group import Group
+    from serve_apps.engine.mapped import Mapped
+    from serve_apps.engine.model import LoadedModel
+
+log = logging.getLogger(__name__)
+
+
+class Reader:
+    """One rank's; ``model`` is called by its loader, ``leave`` by any thread."""
+
+    def __init__(
+        self, spec: RankSpec, group: Group, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._spec, self._group, self._device, self._dtype = spec, group, device, dtype
+        self._proven: set[str] = set()
+        """Configurations of which a version was computed as its model does."""
+        self._mapped = self._shelf()
+
+    def model(
+        self,
+        version: str,
+        directory: Path,
+        holder: str | None,
+        held: Mapping[str, LoadedModel],
+    ) -> LoadedModel:
+        """Return this rank's share of a version, proven; all ranks have theirs, or each raises.
+
+        ``holder``: its weights lie on the shelf, leased to that one, and not in ``directory``.
+        """
+        alone = self._group.size == 1
+        model = self._twin(version, directory, held) if alone and not holder else None
+        if model is None and alone and self._mapped:
+            model = self._map(self._mapped, version, directory)
+        return model or self._read(version, directory, holder)
+
+    def leave(self, version: str) -> None:
+        """Take note that this rank has dropped a version."""
+        if self._mapped:
+            self._mapped.leave(version)
+
+    def close(self) -> None:
+        """Leave all that is shared with other ranks; bounded."""
+        if self._mapped:
+            self._mapped.close()
+
+    def _shelf(self) -> Mapped | None:
+        spec = self._spec
+        if spec.weights == "packed":
+            return None
+        if self._device.type != "cpu":
+            raise EngineError(
+                f"engine.weights: shared is for ranks on a CPU, and this one is on {self._device}; "
+                "set device: cpu, or weights: packed"
+            )
+        from serve_apps.engine.mapped import Mapped
+
+        dtype = str(self._dtype).removeprefix("torch.")
+        return Mapped(spec.quantization, dtype, spec.rank, spec.num_ranks)
+
+    def _twin(
+        self, version: str, directory: Path, held: Mapping[str, LoadedModel]
+    ) -> LoadedModel | None:
+        """Return a held model again where a directory has the same weights, told by their hashes.
+
+        What a run publishes last is as a rule what it put on the shelf last.
+        """
+        from cluster.weights.files import holds
+
+        shape = (directory / "config.json").read_text()
+        for other, model in held.items():
+            if model.native is None or model.content is None:
+                continue
+            same = (model.directory / "config.json").read_text() == shape
+            if same and holds(directory, model.content):
+                log.info("%s is what %s is: nothing is read", version, other)
+                if self._mapped:
+                    self._mapped.again(version, other)
+                return model.again()
+        return None
+
+    def _map(self, mapped: Mapped, version: str, directory: Path) -> LoadedModel | None:
+        """Return a version as another rank of this node has packed and proven it, if one has."""
+        from serve_apps.engine.model import bare_model
+
+        model = bare_model(str(directory), self._dtype, self._spec.quantization)
+        began = time.monotonic()
+        made = None if model is None else mapped.find(version)
+        if model is None or made is None:
+            return None
+        model.prepare(self._spec.step_timeout_s, made=made)
+        log.info("%s: mapped in %.2f s", version, time.monotonic() - began)
+        return model
+
+    def _read(self, version: str, directory: Path, holder: str | None) -> LoadedModel:
+        """Read and pack a version; where weights are shared, put it there and map it."""
+        group, mapped, began = self._group, self._mapped, time.monotonic()
+        model = group.all_or_none(lambda: self._from_files(version, directory, holder))
+        read = time.monotonic()
+        shape = (directory / "config.json").read_text()
+        proven = shape in self._proven
+        group.all_or_none(
+            lambda: model.prepare(self._spec.step_timeout_s, proven, shareable=mapped is not None)
+        )
+        self._proven.add(shape)
+        packed = time.monotonic()
+        if mapped:
+            group.all_or_none(lambda: model.settle(mapped.put(version, model.tensors)))
+        log.info(
+            "%s: read in %.2f s, packed and proven in %.2f s, shared in %.2f s",
+            version, read - began, packed - read, time.monotonic() - packed,
+        )  # fmt: skip
+        return model
+
+    def _from_files(self, version: str, directory: Path, holder: str | None) -> LoadedModel:
+        from serve_apps.engine.model import read_model
+
+        spec, fetched = self._spec, None
+        if holder:
+            from cluster.weights.client import fetch
+
+            fetched = fetch(version, holder)
+        state = tensors_of(fetched) if fetched else None
+        model = read_model(
+            str(directory), self._device, self._dtype, spec.num_ranks, spec.quantization, state
+        )
+        model.content = fetched.bundle.tensors if fetched else None
+        return model
+
+
+def tensors_of(fetched: Fetched) -> dict[str, torch.Tensor]:
+    """Return a version's tensors as they lie on this node's shelf, without a copy."""
+    from cluster.weights.layout import tensor_of
+
+    return {name: tensor_of(array, dtype) for name, dtype, array in fetched.whole()}
