@@ -5,6 +5,8 @@ the last is taken back; each answer is scored under the version that it names. `
 further updates, and what memory, object store and cache blocks have grown by. ``trainer``: from a
 run's last optimiser step to the first token of its weights, for all of them and for an adapter;
 beside it the same by files and a restart of our replica, and by a restart of vLLM's CPU build.
+``memory``: what 1, 2 and 4 replicas take that map one copy of their weights, and how soon another
+one is ready, from the shelf and from files.
 
     python -m benchmarks.live --json benchmarks/results/live-....json
 """
@@ -12,6 +14,7 @@ beside it the same by files and a restart of our replica, and by a restart of vL
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 
@@ -27,11 +30,12 @@ from benchmarks.harness import (
     names_of,
 )
 from benchmarks.live import TARGETS
+from benchmarks.live.memory import measure_memory
 from benchmarks.live.rig import Rig
 from benchmarks.live.trainer import measure_trainer
 from benchmarks.live.updates import measure_leaks, measure_updates
 
-PARTS = ("updates", "leaks", "trainer")
+PARTS = ("updates", "leaks", "trainer", "memory")
 __all__ = ["TARGETS", "Target", "main"]
 
 
@@ -50,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     samples["leaks"] = measure_leaks(rig, endpoint, args)
         if "trainer" in args.parts:
             samples |= measure_trainer(rig, args)
+        if "memory" in args.parts:
+            samples |= measure_memory(rig, args)
     config = {
         "model": model_label(args.model),
         "streams": args.streams,
@@ -93,6 +99,17 @@ def ratios(samples: dict[str, dict[str, list[float]]]) -> dict[str, float]:
         for name in ("restart_s_file", "restart_s_vllm"):
             if name in told:
                 found[name] = told[name][0]
+    if told := samples.get("memory-shelf"):
+        disk = samples["memory-files"]
+        found["pss_weights_4_replicas_vs_1"] = (
+            told["pss_store_mib_4"][0] / told["pss_store_mib_1"][0]
+        )
+        found["pss_ranks_4_shared_vs_packed"] = (
+            told["pss_ranks_mib_4"][0] / disk["pss_ranks_mib_4"][0]
+        )
+        found["cold_start_vs_disk"] = statistics.median(told["ready_s"]) / statistics.median(
+            disk["ready_s"]
+        )
     return found
 
 

@@ -1,8 +1,9 @@
 """A process on the cluster that puts versions on the shelf: noise on the model's weights.
 
 One JSON question a line: ``{"make": 3}`` computes the weights of ``live@run.bench.3``,
-``{"put": 3}`` puts them there, ``{"withdraw": 3}`` takes them away, and ``{"status": true}`` tells
-the bytes on the shelf and in use by the object store.
+``{"put": 3}`` puts them there, ``{"withdraw": 3}`` takes them away, ``{"replicas": true}`` tells
+how many of them are in which state, and ``{"status": true}`` the bytes on the shelf and in use by
+the object store.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.live.rig import NAME, NOISE
+from serve_apps.config import model_app
 
 
 def version(number: int) -> str:
@@ -43,6 +45,7 @@ def main() -> int:
     model = Path(sys.argv[1])
     connect(current())  # before Ray is imported
     import ray
+    from ray import serve
 
     from cluster.weights import client
     from cluster.weights.actors import CALL_S, agents, asked
@@ -66,6 +69,10 @@ def main() -> int:
         elif "withdraw" in question:
             client.withdraw(version(question["withdraw"]))
             _say({"at": time.monotonic()})
+        elif "replicas" in question:
+            apps = serve.status().applications
+            [told] = apps[model_app(NAME)].deployments.values()
+            _say({"replicas": {str(state): n for state, n in told.replica_states.items()}})
         else:
             shelves = [asked(agent.status.remote(), CALL_S) for agent in agents().values()]
             total, free = ray.cluster_resources(), ray.available_resources()

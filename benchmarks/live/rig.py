@@ -59,13 +59,14 @@ class Rig:
         return told
 
     @contextlib.contextmanager
-    def deployed(self, replicas: int, streams: int) -> Iterator[Endpoint]:
+    def deployed(self, replicas: int, streams: int, weights: str = "packed") -> Iterator[Endpoint]:
         """Serve the model under its newest version; take it away again afterwards."""
         engine = {
             "max_model_len": 512,
             "max_concurrent": max(4, streams),
             "threads": max(1, (os.cpu_count() or 1) // replicas),
             "dtype": "float32",
+            "weights": weights,
         }
         model = {"model": f"{NAME}@live", "replicas": replicas, "num_cpus": 0.5, "engine": engine}
         config = BASE / "live.yaml"
