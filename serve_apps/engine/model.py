@@ -151,9 +151,10 @@ class LoadedModel:
         kernels = self._kernels()
         if not kernels and self._module.dtype != self.dtype:
             self._module.to(self.dtype)
-        length = min(41, self.context or 41)  # several blocks
-        ids = [(7 * i + 1) % self.vocab_size for i in range(length)]
         known = proven or made is not None
+        tokens = 3 if known else 41  # several blocks, where keys and values are to be proven
+        length = min(tokens, self.context or tokens)
+        ids = [(7 * i + 1) % self.vocab_size for i in range(length)]
         wanted = None if known else self._reference(ids, bool(kernels))
         if kernels:
             self.native = NativeDecoder(kernels, self._module, self._quantization, made)
@@ -313,6 +314,10 @@ def read_model(
     try:
         sharding = tensor_parallel.sharding_arguments(path, ranks)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if state is not None and device.type == "cpu" and ranks == 1:
+            module = _made_of(config, dtype, quantization, state)
+            if module is not None:
+                return LoadedModel(module, path, ranks, quantization, dtype)
         narrow = device.type == "cpu" and ranks == 1 and quantization == "none"
         read_as = _read_as(config, dtype, state) if narrow else dtype
         if state is None:
@@ -344,18 +349,43 @@ def bare_model(
     from transformers.models.auto.configuration_auto import AutoConfig
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    stored = _read_as(config, dtype, None) if quantization == "none" else dtype
+    module = _bare(config, stored)
+    return module and LoadedModel(module, Path(directory), 1, quantization, dtype)
+
+
+def _bare(config: Any, dtype: torch.dtype) -> Any | None:
+    """Return transformers' module without memory for its weights, if our kernels know it."""
     if config.model_type not in FAMILY or build.library() is None:
         return None
-    stored = _read_as(config, dtype, None) if quantization == "none" else dtype
     with torch.device("meta"):
-        module = _class_of(config)._from_config(config, dtype=stored)
+        module = _class_of(config)._from_config(config, dtype=dtype)
     # its angles follow from the configuration, and are in no file
     module.model.rotary_emb = type(module.model.rotary_emb)(config)
-    if why := unsupported(module):
-        log.info("%s is read, not mapped: %s", directory, why)
+    return None if unsupported(module) else module.eval().requires_grad_(False)
+
+
+def _made_of(
+    config: Any, dtype: torch.dtype, quantization: Quantization, state: Mapping[str, torch.Tensor]
+) -> Any | None:
+    """Return a module whose parameters are the tensors of ``state``, without a copy.
+
+    None where it takes transformers to read them: other names, shapes or types, other models.
+    """
+    read_as = _read_as(config, dtype, state) if quantization == "none" else dtype
+    if {tensor.dtype for tensor in state.values()} != {read_as}:
         return None
-    module.eval().requires_grad_(False)
-    return LoadedModel(module, Path(directory), 1, quantization, dtype)
+    module = _bare(config, read_as)
+    if module is None:
+        return None
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set[str]()
+    shapes = {name: one.shape for name, one in module.named_parameters() if name not in tied}
+    if {name: tensor.shape for name, tensor in state.items()} != shapes:
+        return None
+    module.load_state_dict(state, strict=False, assign=True)
+    if tied:
+        module.lm_head.weight = module.get_input_embeddings().weight
+    return module.requires_grad_(False)
 
 
 def _class_of(config: Any) -> Any:

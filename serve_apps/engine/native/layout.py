@@ -182,7 +182,8 @@ def _padded(vector: torch.Tensor) -> torch.Tensor:
 def panels(weight: torch.Tensor) -> torch.Tensor:
     """Return ``[outputs, inputs]`` as ``[panels, inputs, 16]``, padded with zeros."""
     outputs, inputs = weight.shape
-    padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % PANEL))
+    short = -outputs % PANEL
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, short)) if short else weight.contiguous()
     return padded.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
 
 
@@ -248,4 +249,4 @@ def _packed(
 
 
 def _in_turns(parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(parts, dim=1).flatten(0, 1).contiguous()
+    return parts[0] if len(parts) == 1 else torch.stack(parts, dim=1).flatten(0, 1).contiguous()
