@@ -7,6 +7,7 @@ Of a LoRA run the matrices alone travel; replicas add them to the base that they
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 import uuid
@@ -24,6 +25,8 @@ from train_jobs.export import gathered, live_tensors
 from train_jobs.export_adapter import CONFIG, config_of, parts_of
 
 Named = tuple[str, torch.Tensor]
+
+log = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
@@ -59,6 +62,7 @@ class LiveWeights:
         Raises:
             JobError: on every rank, with the reason of one; the shelf is as it was before.
         """
+        began = time.monotonic()
         ref, parcel = f"{self.prefix}{step}", _told(uuid.uuid4().hex)
         weights = self._of(engine.module)
         tensors = self._mine(weights)
@@ -69,6 +73,7 @@ class LiveWeights:
             for _ in tensors:  # the others gather on, and wait for this rank in each of them
                 pass
         all_shipped: list[Any] = [None] * dist.get_world_size()
+        handed = time.monotonic()
         dist.all_gather_object(all_shipped, (self._writer.node, shipped))
         wrong = [told for _, told in all_shipped if isinstance(told, str)]
         if not wrong and dist.get_rank() == 0:
@@ -79,6 +84,10 @@ class LiveWeights:
         if wrong:
             self._writer.abandon(parcel)
             raise JobError(f"{ref} could not be put on the shelf: {wrong[0]}")
+        log.info(
+            "%s: handed over in %.2f s, on the shelf after %.2f s",
+            ref, handed - began, time.monotonic() - began,
+        )  # fmt: skip
         return ref
 
     def _of(self, module: Any) -> Matrices | Weights:
