@@ -6,7 +6,8 @@ further updates, and what memory, object store and cache blocks have grown by. `
 run's last optimiser step to the first token of its weights, for all of them and for an adapter;
 beside it the same by files and a restart of our replica, and by a restart of vLLM's CPU build.
 ``memory``: what 1, 2 and 4 replicas take that map one copy of their weights, and how soon another
-one is ready, from the shelf and from files.
+one is ready, from the shelf and from files. ``nodes``: a version that was never on a node's disk,
+from another node.
 
     python -m benchmarks.live --json benchmarks/results/live-....json
 """
@@ -17,6 +18,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from benchmarks.harness import (
     ClientLoad,
@@ -31,11 +33,12 @@ from benchmarks.harness import (
 )
 from benchmarks.live import TARGETS
 from benchmarks.live.memory import measure_memory
+from benchmarks.live.nodes import measure_nodes
 from benchmarks.live.rig import Rig
 from benchmarks.live.trainer import measure_trainer
 from benchmarks.live.updates import measure_leaks, measure_updates
 
-PARTS = ("updates", "leaks", "trainer", "memory")
+PARTS = ("updates", "leaks", "trainer", "memory", "nodes")
 __all__ = ["TARGETS", "Target", "main"]
 
 
@@ -45,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     end_properly()
     client = ClientLoad()
     samples: dict[str, dict[str, list[float]]] = {}
-    with Rig(args.model) as rig:
+    if "nodes" in args.parts:
+        samples["nodes"] = measure_nodes(args)
+    with Rig(args.model) if set(args.parts) - {"nodes"} else nullcontext() as rig:
         if "updates" in args.parts or "leaks" in args.parts:
             with rig.deployed(replicas=2, streams=args.streams) as endpoint:
                 if "updates" in args.parts:
@@ -110,6 +115,10 @@ def ratios(samples: dict[str, dict[str, list[float]]]) -> dict[str, float]:
         found["cold_start_vs_disk"] = statistics.median(told["ready_s"]) / statistics.median(
             disk["ready_s"]
         )
+    if told := samples.get("nodes"):
+        found["cold_load_other_node_vs_files"] = statistics.median(
+            told["load_other_node_s"]
+        ) / statistics.median(told["load_files_s"])
     return found
 
 
