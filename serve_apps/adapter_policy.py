@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+from cluster.library.ref import CHAMPION, NEWEST, Ref
 from serve_apps.release_policy import Decision, GiveUp, Go, Report, Served, Wait
 
 Alias = Callable[[str], tuple[str, str] | None]
@@ -15,22 +16,38 @@ def adapters_of(model: str, reports: Iterable[Report], alias: Alias) -> list[Ser
 
     The library's word counts as soon as it is given, if the base of what it names is held: the
     replica that is asked reads the adapter then. Else the version that replicas answer with stays.
+    Of those that follow the shelf each replica answers with what it holds.
     """
-    bases, active, held = dict[str, str](), dict[str, str](), set[str]()
+    bases, held, follows = dict[str, str](), set[str](), set[str]()
+    failed = dict[str, str]()
+    active = dict[str, tuple[str, ...]]()
     for report in reports:
         bases |= report.adapters
-        active |= {_name(ref): ref for ref in report.adapters_active}
+        failed |= report.failed
         held |= {*report.held}
-    for name in sorted({_name(ref) for ref in bases}):
+        follows |= {*report.follows}
+        for ref in report.adapters_active:
+            name = _name(ref)
+            active[name] = (*active.get(name, ()), ref) if name in follows else (ref,)
+    for name in sorted({_name(ref) for ref in bases} - follows):
         said = alias(name)
         if said and (said[0] in bases or said[1] in held):
-            active[name] = said[0]
+            active[name] = (said[0],)
             bases.setdefault(*said)
     made = []
-    for name, ref in sorted(active.items()):
+    for name, refs in sorted(active.items()):
         own = {one: base for one, base in bases.items() if _name(one) == name}
-        live = tuple(sorted(own, key=lambda one: int(one.rpartition("@")[2])))
-        made.append(Served(name, "champion", (ref,), live, app=model, bases=own))
+        made.append(
+            Served(
+                name,
+                NEWEST if name in follows else CHAMPION,
+                tuple(sorted({*refs}, key=_place)),
+                tuple(sorted(own, key=_place)),
+                app=model,
+                bases=own,
+                refused={ref: why for ref, why in failed.items() if _name(ref) == name},
+            )
+        )
     return made
 
 
@@ -47,3 +64,12 @@ def after_reading(target: str, replicas: Mapping[str, Report]) -> Decision:
 
 def _name(ref: str) -> str:
     return ref.partition("@")[0]
+
+
+def _place(ref: str) -> tuple[int, str, int]:
+    """Return what sorts versions: the library's by number, then each run's by step."""
+    parsed = Ref.parse(ref)
+    if parsed.live is None:
+        return parsed.version or 0, "", 0
+    run, _, step = parsed.live.rpartition(".")
+    return 2**31, run, int(step)

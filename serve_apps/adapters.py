@@ -1,10 +1,11 @@
 """The LoRA adapters that a replica answers with, each under a name of its own.
 
 An adapter is a library entry that pins the version it adds to (``base: name@3``). What is served is
-a matter of the library alone: names of the configuration, or every adapter whose base this replica
+a matter of the library: names of the configuration, or every adapter whose base this replica
 holds. They are read into the engine when they are asked for, and the one that nobody has used for
 longest makes room. A base that an adapter pins stays in memory when its alias moves on: a new
-version of the base never moves an adapter.
+version of the base never moves an adapter. A name that follows the shelf answers with what a run
+has put there (:mod:`serve_apps.live_adapters`), and with the library's while there is none.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
-from cluster.errors import EngineError, LibraryError, RankLost, RequestError, RoundhouseError
-from cluster.library.store import Library, Version
+from cluster.errors import EngineError, RankLost, RequestError, RoundhouseError
+from cluster.library.store import Library
+from serve_apps.adapter_finder import Finder, Found
 from serve_apps.config import ModelConfig
 from serve_apps.engine.interface import Engine
-from serve_apps.engine.lora_files import read_facts
+from serve_apps.live_adapters import LiveAdapters
+from serve_apps.shelf import Shelf
 from serve_apps.versions import Versions
 
 LOOK_S = 2.0
@@ -30,29 +32,22 @@ RETRY_AFTER_S = 2
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a look at the library gave."""
-
-    fits: dict[str, tuple[Version, str]] = field(default_factory=dict)
-    """Adapters by reference, each with the held version that it adds to."""
-    active: dict[str, str] = field(default_factory=dict)
-    """The reference that answers for a bare name."""
-    pinned: frozenset[str] = frozenset()
-    """Bases that named adapters need."""
-    problems: dict[str, str] = field(default_factory=dict)
-    """Why a name or a reference is not served."""
-
-
 class Adapters:
     """``start`` first; ``using`` for each call; ``stop`` at the end."""
 
     def __init__(
-        self, config: ModelConfig, engine: Engine, library: Library, versions: Versions
+        self,
+        config: ModelConfig,
+        engine: Engine,
+        library: Library,
+        versions: Versions,
+        shelf: Shelf | None = None,
     ) -> None:
-        self._config, self._engine = config, engine
-        self._library, self._versions = library, versions
-        self._found = Found()
+        """Without a ``shelf`` there are no versions but those of the library."""
+        self._config, self._engine, self._versions = config, engine, versions
+        self._finder, self._found = Finder(config, library), Found()
+        self._live = LiveAdapters(engine, shelf, config.drain_s, self._base, versions.holds)
+        self._slept = versions.slept
         self._users: OrderedDict[str, int] = OrderedDict()  # loaded ones, least recently used first
         self._refused: dict[str, str] = {}  # by the engine, for what is in their files
         self._lock, self._looking = asyncio.Lock(), asyncio.Lock()
@@ -70,6 +65,7 @@ class Adapters:
         if self._following:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
+        await self._live.stop()
 
     def check(self) -> None:
         """Raise EngineError when the looking has stopped."""
@@ -77,13 +73,22 @@ class Adapters:
             raise EngineError(f"the replica looks for no adapters any more: {self._following}")
 
     @asynccontextmanager
-    async def using(self, version: str | None) -> AsyncIterator[str | None]:
-        """Keep an adapter in the engine within this block; yields its base.
+    async def using(self, version: str | None) -> AsyncIterator[tuple[str, str] | None]:
+        """Keep an adapter in the engine within this block; yields its version and its base.
 
-        None for what is no adapter of this replica. RequestError when it cannot be loaded.
+        A bare name means what answers for it here. None for what is no adapter of this replica.
+        RequestError when it cannot be loaded.
         """
         if version is None or not self._config.adapters or self._versions.holds(version):
             yield None
+            return
+        if self._slept != self._versions.slept:
+            await self.look()
+        if "@" not in version:
+            version = await self._answering(version)
+        if version in self._live.fits:
+            with self._live.using(version) as base:
+                yield version, base
             return
         if version not in self._found.fits:
             await self.look()  # it may be newer than the last look
@@ -94,40 +99,69 @@ class Adapters:
             return
         base = await self._enter(version)
         try:
-            yield base
+            yield version, base
         finally:
             if version in self._users:
                 self._users[version] -= 1
 
+    async def _answering(self, name: str) -> str:
+        """Return the version that answers for a name which follows the shelf."""
+        ordered = self._versions.ordered_adapters.get(name)
+        if self._live.lacks(ordered) or name not in {*self._live.current, *self._found.active}:
+            await self.look()  # it has just been ordered, or nothing is there yet
+        ref = self._live.current.get(name) or self._found.active.get(name)
+        if ref is None:
+            why = self._live.problems.get(ordered or "") or f"no version of {name} is live"
+            raise RequestError(why, 404, "model_not_found", "model")
+        return ref
+
     async def look(self) -> None:
         """Take in what the library says now, load what answers, tell the board."""
         async with self._looking:
+            if self._slept != self._versions.slept:
+                self._slept = self._versions.slept
+                self._users.clear()  # they went with the engine
+                self._live.forget()
             if self._versions.sleeper.ready:
                 await self._look()
-            else:
-                self._users.clear()  # they went with the engine
 
     async def _look(self) -> None:
-        held = self._versions.held
-        found = await asyncio.to_thread(self._find, held)
-        for name, why in found.problems.items():
-            if self._found.problems.get(name) != why:
-                log.warning("adapter %s is not served: %s", name, why)
+        ordered = self._versions.ordered_adapters
+        covered = set(ordered) & set(self._live.current)
+        found = await asyncio.to_thread(
+            self._finder.find, self._versions.held, dict(self._refused), covered
+        )
+        self._warn(found.problems, self._found.problems)
         self._found = found
         self._refused = {ref: why for ref, why in self._refused.items() if ref in found.problems}
         # The newest is what will be promoted next: to read it tells whether it fits
         newest = {ref.partition("@")[0]: ref for ref in found.fits}
-        for ref in dict.fromkeys((*found.active.values(), *newest.values())):
+        answering = [ref for name, ref in found.active.items() if name not in covered]
+        for ref in dict.fromkeys((*answering, *newest.values())):
             if ref not in self._users and len(self._users) < self._config.engine.max_adapters:
                 await self._preload(ref)
-        fits = {ref: base for ref, (_, base) in self._found.fits.items()}
-        active = tuple(sorted(ref for ref in self._found.active.values() if ref in fits))
-        unfit = dict(self._found.problems)
-        await self._versions.tell_adapters(fits, active, unfit, self._found.pinned)
+        before = self._live.problems
+        await self._live.follow(ordered)
+        self._warn(self._live.problems, before)
+        fits = {ref: base for ref, (_, base) in self._found.fits.items()} | self._live.fits
+        answers = self._found.active | self._live.current
+        active = tuple(sorted(ref for ref in answers.values() if ref in fits))
+        unfit = self._found.problems | self._live.problems
+        pinned = self._found.pinned | self._live.pinned
+        await self._versions.tell_adapters(fits, active, unfit, pinned)
+
+    def _warn(self, problems: dict[str, str], before: dict[str, str]) -> None:
+        for name, why in problems.items():
+            if before.get(name) != why:
+                log.warning("adapter %s is not served: %s", name, why)
+
+    async def _base(self, ref: str, made_for: str) -> tuple[str, bool]:
+        held = self._versions.held
+        return await asyncio.to_thread(self._finder.base_of, ref, made_for, held)
 
     async def _follow(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_S)
+            await self._versions.adapters_ordered(LOOK_S)
             try:
                 await self.look()
             except RoundhouseError as error:
@@ -185,83 +219,3 @@ class Adapters:
                 await self._engine.release_adapter(idle, self._config.drain_s)
             except EngineError as error:  # it went with its base
                 log.info("%s", error)
-
-    # In a thread: the library is on disk
-
-    def _find(self, held: frozenset[str]) -> Found:
-        found, pinned = Found(), set[str]()
-        bases = {digest: ref for ref in sorted(held) if (digest := self._digest(ref))}
-        for name in self._names():
-            try:
-                answers = self._library.resolve(name)
-            except LibraryError as error:
-                found.problems[name] = str(error)
-                continue
-            for version in self._library.versions(name):
-                self._judge(version, answers, held, bases, found)
-            if answers.ref in found.fits:
-                found.active[name] = answers.ref
-            base = answers.manifest.base
-            if self._config.adapters != "auto" and base and base not in bases.values():
-                pinned.update(self._pin(base, bases))
-        pinned.update(self._needed(found, held))
-        return Found(found.fits, found.active, frozenset(pinned), found.problems)
-
-    def _names(self) -> list[str]:
-        if self._config.adapters != "auto":
-            return list(self._config.adapters)
-        known = self._library.names()
-        return [n for n in known if self._is_adapter(n)]
-
-    def _is_adapter(self, name: str) -> bool:
-        try:
-            return self._library.resolve(name).manifest.kind == "adapter"
-        except LibraryError:
-            return False
-
-    def _judge(
-        self,
-        version: Version,
-        answers: Version,
-        held: frozenset[str],
-        bases: dict[str, str],
-        found: Found,
-    ) -> None:
-        """Enter a version among those that fit, or among the problems."""
-        ref, pinned = version.ref, version.manifest.base
-        try:
-            if version.manifest.kind != "adapter" or pinned is None:
-                raise EngineError(f"{ref} is a model, not an adapter: deploy it by itself")
-            if ref in self._refused:
-                raise EngineError(self._refused[ref])
-            base = pinned if pinned in held else bases.get(self._digest(pinned))
-            if base is None:
-                raise EngineError(
-                    f"adapter {ref} is made for {pinned}, and this replica holds "
-                    f"{', '.join(sorted(held)) or 'no version'}: name the adapter in `adapters` to "
-                    "have its base kept, or train it on this one"
-                )
-            engine = self._config.engine
-            if engine.kind == "sharded":
-                read_facts(version.path, ref, engine.max_lora_rank)
-        except RoundhouseError as error:
-            found.problems[ref] = str(error)
-            return
-        found.fits[ref] = version, base
-
-    def _digest(self, ref: str) -> str:
-        try:
-            return self._library.resolve(ref).manifest.digest
-        except LibraryError:
-            return ""
-
-    def _pin(self, base: str, bases: dict[str, str]) -> set[str]:
-        """Return the base to load for a named adapter, if it is of this model."""
-        same = base.partition("@")[0] == self._config.name
-        return {base} if same and self._digest(base) not in {*bases, ""} else set()
-
-    def _needed(self, found: Found, held: frozenset[str]) -> set[str]:
-        """Return the held versions that named adapters answer with: these stay."""
-        if self._config.adapters == "auto":
-            return set()
-        return {found.fits[ref][1] for ref in found.active.values()} & held

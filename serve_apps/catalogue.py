@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime
 
@@ -41,6 +41,10 @@ class Catalogue:
             log.warning("%s@%s: %s", name, alias, error)
             return None
 
+    def newest_of(self, names: Iterable[str]) -> dict[str, str]:
+        """Return what the shelf has newest of these names, where it has something."""
+        return {name: self.newest[name] for name in names if name in self.newest}
+
     def served(self) -> dict[str, Served]:
         """Return everything that answers, by the name that requests ask for."""
         served = {}
@@ -71,10 +75,11 @@ class Catalogue:
 
     def _adapters(self, models: Mapping[str, Served]) -> dict[str, Served]:
         return {
-            one.name: replace(one, aliases=self._aliases(one.name), created=self._created(ref))
+            one.name: replace(
+                one, aliases=self._aliases(one.name), created=self._created(one.active[-1])
+            )
             for model in models
             for one in adapters_of(model, self._deployed.live(model).values(), self._active_adapter)
-            for ref in one.active
         }
 
     def _active_adapter(self, name: str) -> tuple[str, str] | None:

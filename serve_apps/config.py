@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from cluster.config import Frozen
-from cluster.library.ref import CHAMPION, NAME, Ref
+from cluster.library.ref import CHAMPION, NAME, NEWEST, Ref
 
 GATEWAY_APP = "gateway"
 GATEWAY = "Gateway"
@@ -159,8 +159,8 @@ EngineConfig = Annotated[
 """An engine; ``kind`` may be left out for our own."""
 
 
-AdapterName = Annotated[str, StringConstraints(pattern=rf"^{NAME.pattern}$")]
-"""A library entry's name alone: which version answers is its alias's matter."""
+AdapterName = Annotated[str, StringConstraints(pattern=rf"^{NAME.pattern}(@{NEWEST})?$")]
+"""A library entry's name, alone or with ``@live``: which version answers is its alias's matter."""
 
 
 class ModelConfig(Frozen):
@@ -187,7 +187,9 @@ class ModelConfig(Frozen):
     """GPUs reserved for each rank."""
     adapters: Literal["auto"] | tuple[AdapterName, ...] = ()
     """LoRA adapters of the library that answer under their own names, beside this model and in its
-    batches; their bases stay in memory. ``auto``: all whose base is the version that answers."""
+    batches; their bases stay in memory. ``NAME@live`` answers with the newest version that a run
+    has put on the shelf under that name, and with the library's while there is none. ``auto``: all
+    whose base is the version that answers."""
     sampling_defaults: Literal["openai", "model"] = "openai"
     """What a request gets that names no temperature and the like: OpenAI's values (temperature
     1), or those of the model's ``generation_config.json`` (greedy unless that says do_sample)."""
@@ -203,6 +205,17 @@ class ModelConfig(Frozen):
     def alias(self) -> str:
         """The alias whose version answers for this model."""
         return self.model.partition("@")[2] or CHAMPION
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The adapters that are named, without selectors; none with ``auto``."""
+        return () if self.adapters == "auto" else tuple(n.partition("@")[0] for n in self.adapters)
+
+    @property
+    def live_adapters(self) -> tuple[str, ...]:
+        """Of these the names that follow the shelf."""
+        named = () if self.adapters == "auto" else self.adapters
+        return tuple(name.partition("@")[0] for name in named if "@" in name)
 
     @property
     def bundles(self) -> tuple[dict[str, float], ...]:
@@ -236,7 +249,7 @@ class ServeConfig(Frozen):
     @model_validator(mode="after")
     def _names_are_unique(self) -> ServeConfig:
         names = [m.name for m in self.models]
-        names += [a for m in self.models if m.adapters != "auto" for a in m.adapters]
+        names += [name for m in self.models for name in m.adapter_names]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"models: {', '.join(twice)} appears twice; one application per name")
         return self

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.errors import ClusterError, ConfigError, Conflict
+from cluster.errors import ClusterError, ConfigError, Conflict, UnknownModel
+from cluster.library.ref import NEWEST
 from cluster.library.store import Library
 from cluster.package import CodePackage, code_root, pack
 from cluster.resources import Demand, Node, Plan, plan
@@ -52,6 +53,7 @@ def propose(config: ServeConfig, cluster: Cluster | None, library: Library) -> P
     pins = [pin for model in config.models if (pin := missing_alias(model, library))]
     for model in config.models:
         check_ranks(model, library)
+        check_adapters(model, library)
     package = pack(code_root()).code
     held = state(cluster) if cluster else {}
     running = submitted(held)
@@ -81,6 +83,26 @@ def check_ranks(model: ModelConfig, library: Library) -> None:
     known = model.alias in library.aliases(model.name)
     version = library.resolve(f"{model.name}@{model.alias}" if known else model.name)
     check_directory(version.path, model.engine.tensor_parallel, version.ref)
+
+
+def check_adapters(model: ModelConfig, library: Library) -> None:
+    """Raise ConfigError when a named adapter is none, or is not there and no run will bring it."""
+    for name in model.adapter_names:
+        try:
+            kind = library.resolve(name).manifest.kind
+        except UnknownModel as error:
+            if name in model.live_adapters:
+                continue  # its run is still to put it on the shelf
+            raise ConfigError(
+                f"adapters of {model.name}: {error}; train it with publish: {{name: {name}, "
+                f"merge: false}} or import it first, or write {name}@{NEWEST} to serve what a run "
+                "puts on the shelf"
+            ) from None
+        if kind != "adapter":
+            raise ConfigError(
+                f"adapters of {model.name}: {name} is a model, not an adapter; deploy it by itself "
+                "as one of `models`, or take it out of `adapters`"
+            )
 
 
 def deploy(

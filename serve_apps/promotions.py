@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from cluster.errors import Conflict, ReleaseError
-from cluster.library.ref import CHAMPION
 from cluster.library.store import Library, Version
 from serve_apps.adapter_policy import after_reading
 from serve_apps.deployed import Deployed, Model
@@ -57,7 +56,7 @@ class Promotions:
         model = self._deployed.models.get(name)
         if model is None and (served := self._served().get(name)):
             return await self._promote_adapter(
-                served, target.ref, alias or CHAMPION, expected, timeout_s, by
+                served, target.ref, alias or served.alias, expected, timeout_s, by
             )
         alias = alias or (model.alias if model else None)
         if alias is None:
@@ -120,7 +119,7 @@ class Promotions:
         name, number = served.name, int(ref.rpartition("@")[2])
         async with self.lock(name):
             now = self._expected(name, alias, expected)
-            if alias == CHAMPION:
+            if alias == served.alias:
                 until = self._deployed.clock() + timeout_s
                 model = self._deployed.models[served.app]
                 await self._until(model, served.app, after_reading, ref, until, timeout_s)

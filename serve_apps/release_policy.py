@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.errors import ConfigError, RequestError
-from cluster.library.ref import CHAMPION, Ref
+from cluster.library.ref import CHAMPION, NEWEST, Ref
 
 WATCH_S = 5.0
 """A follower asks again at least this often; so a dead one is noticed."""
@@ -24,6 +24,8 @@ class Order:
     """A version to hold beside it: the target of a promotion."""
     asleep: bool = False
     """Whether its memory should be free: no engine, until somebody asks."""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """Of the adapters that follow the shelf the newest version there, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class Report:
     """Its configuration's ``idle_s``."""
     need_bytes: int | None = field(default=None, compare=False)
     """Memory of its ranks while it is awake; ``None``: not known."""
+    follows: tuple[str, ...] = ()
+    """Adapters that answer with what the shelf has newest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,8 @@ class Served:
     """Of an adapter, the deployed model that answers for it."""
     bases: Mapping[str, str] = field(default_factory=dict)
     """Of an adapter's versions, what each adds to."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Of an adapter's versions those that a replica does not answer with, and why."""
     canary: Canary | None = None
     asleep: bool = False
     """Not in memory: the first request wakes it."""
@@ -167,6 +173,9 @@ def served_id(served: Served) -> str:
 def resolve(model: str, served: Mapping[str, Served]) -> tuple[Served, str | None]:
     """Return the model that a request names, and the version that it insists on (or ``None``).
 
+    Of an adapter that follows the shelf it is the bare name: each replica answers with the newest
+    that it holds. Any other adapter's bare name is the version that the library means.
+
     Raises RequestError (404) that names what could be asked for instead.
     """
     try:
@@ -178,13 +187,16 @@ def resolve(model: str, served: Mapping[str, Served]) -> tuple[Served, str | Non
         raise _unknown(model, served)
     if ref.live is None and ref.version is None and ref.alias in (None, found.alias):
         # a replica answers with its base unless it is told which adapter
+        if found.app and found.alias == NEWEST:
+            return found, found.name
         return found, found.active[-1] if found.app and found.active else None
     number = ref.version or found.aliases.get(ref.alias or "")
     version = str(ref) if ref.live else f"{ref.name}@{number}"
     if version not in found.live:
         live = ", ".join(found.live) or "none"
+        why = found.refused.get(version, "it is not live")
         raise RequestError(
-            f"{model:.80} is not live; versions of {ref.name} that are: {live}. Put another one "
+            f"{model:.80}: {why:.300}; versions of {ref.name} that are: {live}. Put another one "
             "live with `roundhouse promote`",
             404,
             "model_not_found",

@@ -87,7 +87,8 @@ class Releases:
 
         After ``WATCH_S`` the same order is returned again: to ask is to live.
         """
-        if self._shelf and alias == NEWEST and self._following is None:
+        follows = alias == NEWEST or report.follows
+        if self._shelf and follows and self._following is None:
             self._following = asyncio.create_task(self._follow(self._shelf))
         await self.report(name, alias, replica, report)
         until = self._clock() + WATCH_S
@@ -247,7 +248,9 @@ class Releases:
     def _whole_order(self, name: str, alias: str, replica: str) -> Order:
         order = self._order(name, alias, replica)
         self._look_at_sleep()
-        return replace(order, asleep=self._sleep.ordered(name))
+        report = self._models[name].reports.get(replica, Report())
+        adapters = self._catalogue.newest_of(report.follows)
+        return replace(order, asleep=self._sleep.ordered(name), adapters=adapters)
 
     def _look_at_sleep(self) -> None:
         known = {

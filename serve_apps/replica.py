@@ -62,7 +62,7 @@ class Replica:
         self._meter = ReplicaMeter(meter, config.name, config.engine.kind) if meter else None
         self._measuring: asyncio.Task[None] | None = None
         self._versions = Versions(config, engine, library, board, replica_id, shelf)
-        self._adapters = Adapters(config, engine, library, self._versions)
+        self._adapters = Adapters(config, engine, library, self._versions, shelf)
         self._healthy = True
         self._streaming = 0
         self._budget = CHUNKS_A_CORE * len(os.sched_getaffinity(0))
@@ -142,16 +142,18 @@ class Replica:
     async def _events(self, call: Call) -> AsyncGenerator[Event, None]:
         async with (
             self._versions.sleeper.call(),
-            self._adapters.using(call.version) as base,
-            aclosing(self._events_of(call, base)) as events,
+            self._adapters.using(call.version) as added,
+            aclosing(self._events_of(call, added)) as events,
         ):
             async for event in events:
                 yield event
 
-    async def _events_of(self, call: Call, base: str | None) -> AsyncGenerator[Event, None]:
-        version, text, plan = await self._admit(call, base or call.version)
-        if base is not None:
-            version = call.version or version  # the adapter's own: text and tokens are its base's
+    async def _events_of(
+        self, call: Call, added: tuple[str, str] | None
+    ) -> AsyncGenerator[Event, None]:
+        version, text, plan = await self._admit(call, added[1] if added else call.version)
+        if added:
+            version = added[0]  # the adapter's own: text and tokens are its base's
         streams: list[Stream] = []
         chunked = 0 if call.interval_s is None else call.answers
         self._streaming += chunked

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Protocol
 
 from cluster.errors import EngineError
+from serve_apps.engine.lora_files import CONFIG
 
 
 class Shelf(Protocol):
@@ -61,3 +63,19 @@ class NodeShelf:
         from cluster.weights import client
 
         await asyncio.to_thread(client.leave, self.holder, version)
+
+
+def read_base(folder: Path) -> str | None:
+    """Return the version that an adapter from the shelf adds to; None for a whole model.
+
+    EngineError where its configuration does not say it.
+    """
+    try:
+        return str(json.loads((folder / CONFIG).read_bytes())["base_model_name_or_path"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise EngineError(
+            f"{CONFIG} names no base_model_name_or_path ({error!r}); publish it with that of "
+            "its base, as in my-model@3"
+        ) from None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -17,9 +17,8 @@ from cluster.text.chat import ChatText
 from serve_apps import room
 from serve_apps.config import ModelConfig
 from serve_apps.engine.interface import Engine
-from serve_apps.engine.lora_files import CONFIG
 from serve_apps.release_policy import Order, Report
-from serve_apps.shelf import Shelf
+from serve_apps.shelf import Shelf, read_base
 from serve_apps.sleeper import Sleeper
 
 AWAY_S = 0.5
@@ -79,6 +78,9 @@ class Versions:
         self._answering = False
         self.sleeper = Sleeper(config.name, engine, config.wake_s, self._ask_to_wake)
         self._need: int | None = None
+        self._adapter_news = asyncio.Event()
+        self.slept = 0
+        """Times that the engine was ended, with all that it held."""
 
     async def start(self) -> None:
         """Load and activate the version that the first order names; then follow."""
@@ -88,7 +90,7 @@ class Versions:
                 f"{self._config.model} points to no version of the library; see "
                 f"`roundhouse models show {self._config.name}`"
             )
-        if self._shelf is not None and self._config.alias == NEWEST:
+        if self._shelf and (self._config.alias == NEWEST or self._config.live_adapters):
             await self._shelf.open()
         if not self._order.asleep or not await self.sleeper.sleep():
             await self._load(self._order.active)
@@ -135,6 +137,18 @@ class Versions:
     def held(self) -> frozenset[str]:
         """The versions that can be answered with."""
         return frozenset(self._texts)
+
+    @property
+    def ordered_adapters(self) -> Mapping[str, str]:
+        """Of the adapters that follow the shelf the newest version there, by name."""
+        return self._order.adapters if self._order else {}
+
+    async def adapters_ordered(self, most_s: float) -> None:
+        """Wait until that may have changed, or so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(most_s):
+                await self._adapter_news.wait()
+        self._adapter_news.clear()
 
     async def tell_adapters(
         self,
@@ -186,6 +200,8 @@ class Versions:
                 await asyncio.sleep(AWAY_S)
                 continue
             if order != self._order or order.asleep != self.sleeper.asleep:
+                if order.adapters != self.ordered_adapters:
+                    self._adapter_news.set()
                 self._order = order
                 self._news.set()
 
@@ -210,7 +226,7 @@ class Versions:
             need = self._measure()
             await asyncio.gather(*self._draining.values())
             if await self.sleeper.sleep():
-                self._need = need
+                self._need, self.slept = need, self.slept + 1
                 self._texts, self._bases, self._failed, self._active = {}, {}, {}, None
         elif self.sleeper.asleep and not order.asleep:
             await self.sleeper.wake()
@@ -357,6 +373,7 @@ class Versions:
             self.sleeper.idle_s,
             self._config.idle_s,
             self._need if self.sleeper.asleep else self._measure(),
+            self._config.live_adapters,
         )
 
     async def _tell(self) -> None:
@@ -367,12 +384,3 @@ class Versions:
             await self._board.report(name, alias, self._id, self._report())
         except RoundhouseError as error:
             log.warning("report not delivered; the next watch brings it: %s", error)
-
-
-def read_base(folder: Path) -> str | None:
-    """Return the version that an adapter from the shelf adds to; None for a whole model."""
-    try:
-        told = json.loads((folder / CONFIG).read_bytes())
-    except FileNotFoundError:
-        return None
-    return str(told["base_model_name_or_path"])

@@ -60,6 +60,7 @@ class FakeEngine(Engine):
         self.bad_loads: set[str] = set()
         self._versions: dict[str, str] = {}
         self._adapters: dict[str, str] = {}
+        self._live: set[str] = set()  # adapters of the shelf: they take no place of the library's
         self._active: str | None = None
         self._held: dict[str, _Held] = {}
         self._last_prompt: dict[tuple[str, str], tuple[int, ...]] = {}
@@ -132,15 +133,19 @@ class FakeEngine(Engine):
             raise EngineError(f"{base} is not loaded; loaded: {sorted(self._versions)}")
         if adapter in self.bad_loads:
             raise EngineError(f"adapter {adapter} cannot be served: it is one of bad_loads")
-        if adapter not in self._adapters and len(self._adapters) >= self._config.max_adapters:
-            raise EngineError(f"{len(self._adapters)} adapters are held already")
+        counted = [one for one in self._adapters if one not in self._live]
+        if holder is None and adapter not in counted and len(counted) >= self._config.max_adapters:
+            raise EngineError(f"{len(counted)} adapters are held already")
         self._adapters[adapter] = base
+        if holder is not None:
+            self._live.add(adapter)
 
     async def release_adapter(self, adapter: str, drain_s: float) -> None:
         """Wait for the adapter's requests, abort the rest, forget the adapter."""
         if adapter not in self._adapters:
             raise EngineError(f"{adapter} is not loaded; loaded: {sorted(self._adapters)}")
         del self._adapters[adapter]
+        self._live.discard(adapter)
         await self._drain(adapter, drain_s)
 
     async def _drain(self, version: str, drain_s: float) -> None:

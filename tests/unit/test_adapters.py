@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 
 from cluster.errors import ReleaseError, RequestError
 from cluster.library.manifest import Facts
-from cluster.library.store import Library
 from serve_apps import adapters
 from serve_apps.calls import Call, Event, Refusal
-from serve_apps.config import Fake, Limits, ModelConfig, ServeConfig
-from serve_apps.engine.fake import FakeEngine
+from serve_apps.config import ModelConfig, ServeConfig
 from serve_apps.engine.lora_files import read_facts
-from serve_apps.gateway.app import make_app
 from serve_apps.release_policy import resolve
-from serve_apps.releases import Releases
-from serve_apps.replica import Replica
-from tests.unit.serving_fixtures import AUTH, CHAT, LocalBackend, OneKey, publish, until
+from tests.unit.adapter_fixtures import put, stage
+from tests.unit.serving_fixtures import AUTH, publish, until
 
 pytestmark = pytest.mark.anyio
 
@@ -38,75 +29,6 @@ def anyio_backend() -> str:
 @pytest.fixture(autouse=True)
 def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters, "LOOK_S", 0.01)
-
-
-def put(library: Library, tmp_path: Path, name: str, base: str, mark: int = 0) -> str:
-    """Publish one more version of an adapter."""
-    source = tmp_path / f"src-{name}-{mark}"
-    source.mkdir()
-    told = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "mark": mark}
-    (source / "adapter_config.json").write_text(json.dumps(told))
-    head = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    weights = struct.pack("<Q", len(head)) + head + struct.pack("<f", 1.0)
-    (source / "adapter_model.safetensors").write_bytes(weights)
-    return library.publish(name, source, Facts(kind="adapter", base=base)).ref
-
-
-@dataclass
-class Stage:
-    library: Library
-    releases: Releases
-    replica: Replica
-    engine: FakeEngine
-    client: httpx.AsyncClient
-
-    async def ask(self, model: str) -> httpx.Response:
-        body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
-        return await self.client.post(CHAT, json=body, headers=AUTH)
-
-    async def named(self, model: str) -> tuple[str, str | None]:
-        """Return which version answered, and the base that the header says."""
-        reply = await self.ask(model)
-        assert reply.status_code == 200, reply.text
-        assert reply.headers["x-roundhouse-model"] == reply.json()["system_fingerprint"]
-        return reply.json()["system_fingerprint"], reply.headers.get("x-roundhouse-base")
-
-
-class Following(LocalBackend):
-    """A backend that goes by what the Releases object says at each request."""
-
-    def __init__(self, replica: Replica, releases: Releases) -> None:
-        super().__init__({"tiny": replica}, {})
-        self._releases = releases
-
-    def served(self):  # type: ignore[no-untyped-def]
-        return self._releases._served()
-
-
-@asynccontextmanager
-async def stage(
-    tmp_path: Path, configured: object = ("red", "blue"), max_adapters: int = 4
-) -> AsyncIterator[Stage]:
-    library = Library(tmp_path / "library")
-    publish(library, tmp_path, mark="a")
-    library.move_alias("tiny", "champion", 1, None, "test")
-    for name in ("red", "blue", "green"):
-        put(library, tmp_path, name, "tiny@1")
-    engine = Fake(kind="fake", max_adapters=max_adapters)
-    config = ModelConfig.model_validate(
-        {"model": "tiny", "engine": engine, "drain_s": 2.0, "adapters": configured}
-    )
-    releases, fake = Releases(library), FakeEngine(engine)
-    replica = Replica(config, fake, library, releases, "r0")
-    app = make_app(Following(replica, releases), OneKey(), Limits())
-    try:
-        await replica.start()
-        async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(app=app), base_url="http://gate"
-        ) as client:
-            yield Stage(library, releases, replica, fake, client)
-    finally:
-        await replica.stop()
 
 
 async def test_each_adapter_answers_under_its_own_name_and_says_its_base_sc11(
@@ -203,7 +125,7 @@ async def test_the_least_recently_used_makes_room_and_comes_back(tmp_path: Path)
 async def test_when_all_places_are_in_use_one_more_is_told_to_wait(tmp_path: Path) -> None:
     async with stage(tmp_path, ("red", "blue"), max_adapters=1) as s:
         busy = s.replica._adapters.using("red@1")
-        assert await busy.__aenter__() == "tiny@1"
+        assert await busy.__aenter__() == ("red@1", "tiny@1")
         told = await s.ask("blue")
         assert (told.status_code, told.headers["retry-after"]) == (503, "2")
         assert "1 adapters answer right now" in told.json()["error"]["message"]
