@@ -21,6 +21,13 @@ Timeout = Annotated[float, typer.Option(min=1, help="Seconds until it gives up."
 Alias = Annotated[
     str | None, typer.Option(help="By default the one that the model is deployed with.")
 ]
+Update = Annotated[
+    str | None,
+    typer.Option(
+        help="What becomes of running requests: finish, or recompute those without a token. By "
+        "default the model's configuration says it."
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -123,6 +130,7 @@ def promote(
     pace: Annotated[
         str, typer.Option(help="Replicas that load at once: all, one, or surge, as memory allows.")
     ] = "all",
+    update: Update = None,
     timeout: Timeout = 180.0,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -135,13 +143,15 @@ def promote(
 
     if pace not in PACES:
         raise ConfigError(f"--pace {pace!r:.20}: one of {', '.join(PACES)}")
+    _check_update(update)
     library = Library()
-    _move(wanted(ref, alias, library), None, "promote", timeout, dry_run, pace)
+    _move(wanted(ref, alias, library), None, "promote", timeout, dry_run, pace, update)
 
 
 def rollback(
     name: Name,
     alias: Alias = None,
+    update: Update = None,
     timeout: Timeout = 180.0,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -151,8 +161,17 @@ def rollback(
     from cluster.library.store import Library
     from serve_apps.promote import previous
 
+    _check_update(update)
     move = previous(name, alias, Library())
-    _move(move, move.before, "rollback", timeout, dry_run)
+    _move(move, move.before, "rollback", timeout, dry_run, update=update)
+
+
+def _check_update(update: str | None) -> None:
+    from cluster.errors import ConfigError
+    from serve_apps.promote import UPDATES
+
+    if update not in (None, *UPDATES):
+        raise ConfigError(f"--update {update!r:.20}: one of {', '.join(UPDATES)}")
 
 
 def chat(
@@ -195,6 +214,7 @@ def _move(
     timeout: float,
     dry_run: bool,
     pace: str = "all",
+    update: str | None = None,
 ) -> None:
     from cluster.library.ref import CHAMPION
     from cluster.library.store import Library
@@ -207,7 +227,7 @@ def _move(
         console.out(f"would move {step}")
     else:
         console.out(step)
-        live = carry_out(move, expected, timeout, by, Library(), console.out, pace)
+        live = carry_out(move, expected, timeout, by, Library(), console.out, pace, update)
         if live:
             console.out(f"{move.name}@{move.to} answers")
     console.result(

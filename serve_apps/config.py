@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from cluster.config import Frozen
-from cluster.library.ref import CHAMPION, NAME, NEWEST, Ref
+from cluster.library.ref import CHAMPION, NAME, NEWEST, Ref, Update
 
 GATEWAY_APP = "gateway"
 GATEWAY = "Gateway"
@@ -173,9 +173,10 @@ class ModelConfig(Frozen):
     replicas: PositiveInt = 1
     drain_s: PositiveFloat = 30.0
     """How long running requests may go on when a version or a replica is retired."""
-    update: Literal["finish", "recompute"] = "finish"
+    update: Update = "finish"
     """What becomes of requests that run when a new version goes live: they ``finish`` on the old
-    one, or those without a token of their answer begin anew on the new one (``recompute``)."""
+    one, or those without a token of their answer begin anew on the new one (``recompute``). A
+    promotion and a run may each say otherwise."""
     idle_s: PositiveFloat | None = None
     """Without a request for so long, the model leaves memory, and comes back with the next one;
     by default never."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+from cluster.library.ref import Update
 from serve_apps.release_policy import LIVE_S, Report
 
 
@@ -22,6 +23,8 @@ class Model:
     """Replicas that may hold the target; ``None``: all."""
     flipped: set[str] = field(default_factory=set)
     """Replicas that answer with the target before the alias has moved."""
+    update: Update | None = None
+    """What becomes of running requests when they flip to it, where that was asked for."""
 
 
 class Deployed:

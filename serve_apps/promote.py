@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 from cluster.errors import ClusterError, ReleaseError, RoundhouseError
-from cluster.library.ref import CHAMPION, Ref
+from cluster.library.ref import CHAMPION, Ref, Update
 from cluster.library.store import Library
 from cluster.session import connect, current
 
@@ -16,6 +17,7 @@ GRACE_S = 15.0
 """Beyond the promotion's own bound, for an answer that is on its way."""
 
 PACES = ("all", "one", "surge")
+UPDATES = get_args(Update)
 
 Say = Callable[[str], None]
 
@@ -65,6 +67,7 @@ def carry_out(
     library: Library,
     say: Say,
     pace: str = "all",
+    update: str | None = None,
 ) -> bool:
     """Do it; return whether a running model answers with it now.
 
@@ -84,7 +87,9 @@ def carry_out(
 
     if move.name not in ray.get(actor.names.remote(), timeout=GRACE_S):
         return _only_the_alias(move, by, library, say, "it is not deployed")
-    asked = actor.promote.remote(move.name, move.to, move.alias, expected, timeout_s, by, pace)
+    asked = actor.promote.remote(
+        move.name, move.to, move.alias, expected, timeout_s, by, pace, update
+    )
     until, told = time.monotonic() + timeout_s + GRACE_S, ""
     while True:
         try:

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from cluster.errors import Conflict, ReleaseError
+from cluster.library.ref import Update
 from cluster.library.store import Library, Version
 from serve_apps.adapter_policy import after_reading
 from serve_apps.deployed import Deployed, Model
@@ -50,11 +51,17 @@ class Promotions:
         timeout_s: float,
         by: str,
         pace: Pace,
+        update: Update | None = None,
     ) -> int | None:
         """See :meth:`serve_apps.releases.Releases.promote`."""
         target = self._library.get(name, number)
         model = self._deployed.models.get(name)
         if model is None and (served := self._served().get(name)):
+            if update == "recompute":
+                raise ReleaseError(
+                    f"{name} is an adapter, whose requests finish on the version that they began "
+                    "with; leave out --update"
+                )
             return await self._promote_adapter(
                 served, target.ref, alias or served.alias, expected, timeout_s, by
             )
@@ -69,7 +76,7 @@ class Promotions:
                 return now
             until = self._deployed.clock() + timeout_s
             try:
-                model.target = target.ref
+                model.target, model.update = target.ref, update
                 model.allowed = None if pace == "all" else set()
                 self._deployed.changed()
                 if pace == "all":
@@ -81,6 +88,7 @@ class Promotions:
                 await self._until(model, name, after_swap, target.ref, until, timeout_s)
             finally:
                 model.target, model.progress, model.flipped = None, "", set()
+                model.update = None
                 self._deployed.changed()
             return now
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.errors import ConfigError, RequestError
-from cluster.library.ref import CHAMPION, NEWEST, Ref
+from cluster.library.ref import CHAMPION, NEWEST, Ref, Update
 
 WATCH_S = 5.0
 """A follower asks again at least this often; so a dead one is noticed."""
@@ -26,6 +26,9 @@ class Order:
     """Whether its memory should be free: no engine, until somebody asks."""
     adapters: Mapping[str, str] = field(default_factory=dict)
     """Of the adapters that follow the shelf the newest version there, by name."""
+    update: Update | None = None
+    """What becomes of requests that run when ``active`` changes; ``None``: what its run has said,
+    else the model's configuration."""
 
 
 @dataclass(frozen=True, slots=True)

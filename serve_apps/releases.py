@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from cluster.errors import ReleaseError, RoundhouseError
-from cluster.library.ref import NEWEST
+from cluster.library.ref import NEWEST, Update
 from cluster.library.releases import Release
 from cluster.library.store import Library
 from serve_apps.catalogue import Catalogue
@@ -217,6 +217,7 @@ class Releases:
         timeout_s: float = 120.0,
         by: str = "promote",
         pace: Pace = "all",
+        update: Update | None = None,
     ) -> int | None:
         """Make ``name@number`` what ``alias`` means and what answers; return the number before.
 
@@ -224,13 +225,16 @@ class Releases:
         it must point at now. Raises ReleaseError when a replica cannot load the target, when
         ``timeout_s`` is over, or when the alias moved meanwhile; the alias then stays as it is.
         ``pace`` other than ``all``: replicas load it and answer with it in turns, and go back when
-        one of them cannot; the alias moves at the end.
+        one of them cannot; the alias moves at the end. ``update`` says what becomes of requests
+        that run; by default the model's configuration does, as after a crash of this process.
         """
         if release := self._conductor.running(name):
             raise ReleaseError(
                 f"a release of {release.ref} runs; `roundhouse release stop {name}` ends it"
             )
-        return await self._promotions.promote(name, number, alias, expected, timeout_s, by, pace)
+        return await self._promotions.promote(
+            name, number, alias, expected, timeout_s, by, pace, update
+        )
 
     async def _follow(self, shelf: Shelf) -> None:
         """Keep up with the newest version of each name on the shelf, for ever."""
@@ -272,9 +276,10 @@ class Releases:
     def _order(self, name: str, alias: str, replica: str) -> Order:
         model = self._model(name, alias)
         if model.target and replica in model.flipped:
-            return Order(model.target)
+            return Order(model.target, update=model.update)
         if model.target and (model.allowed is None or replica in model.allowed):
-            return Order(self._catalogue.active(name, alias), model.target)
+            active = self._catalogue.active(name, alias)
+            return Order(active, model.target, update=model.update)
         return Order(self._catalogue.active(name, alias), self._conductor.candidate(name, replica))
 
     def live(self, name: str) -> dict[str, Report]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster.errors import EngineError
+from cluster.library.ref import Update
 from serve_apps.engine.lora_files import CONFIG
 
 
@@ -26,6 +27,9 @@ class Shelf(Protocol):
         Returns a folder with the files that are no weights. UnknownModel where no node has it.
         """
 
+    def update_of(self, version: str) -> Update | None:
+        """Return what its run wants of running requests when it goes live, if it said so."""
+
     async def renew(self, versions: list[str]) -> None:
         """Keep versions for some more time. EngineError names those that are gone."""
 
@@ -38,6 +42,7 @@ class NodeShelf:
 
     def __init__(self, holder: str) -> None:
         self.holder = holder
+        self._updates: dict[str, Update] = {}  # of the few that say something
 
     async def open(self) -> None:
         """See :class:`Shelf`."""
@@ -49,7 +54,14 @@ class NodeShelf:
         """See :class:`Shelf`."""
         from cluster.weights import client
 
-        return await asyncio.to_thread(client.bring, version, self.holder)
+        bundle = await asyncio.to_thread(client.take, version, self.holder)
+        if bundle.update:
+            self._updates[version] = bundle.update
+        return await asyncio.to_thread(client.materialised, bundle.files)
+
+    def update_of(self, version: str) -> Update | None:
+        """See :class:`Shelf`."""
+        return self._updates.get(version)
 
     async def renew(self, versions: list[str]) -> None:
         """See :class:`Shelf`."""

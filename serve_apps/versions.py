@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster.errors import EngineError, RequestError, RoundhouseError, UnknownModel
-from cluster.library.ref import NEWEST, Ref
+from cluster.library.ref import NEWEST, Ref, Update
 from cluster.library.store import Library
 from cluster.text.chat import ChatText
 from serve_apps import room
@@ -261,7 +261,7 @@ class Versions:
             await self._engine.activate(order.active)
             before, self._active = self._active, order.active
             log.info("%s answers", order.active)
-            await self._move(before, order.active)
+            await self._move(before, order.active, order.update)
             await self._tell()
         if self._active is None:
             raise EngineError(f"cannot wake with {order.active}: {self._failed}")
@@ -271,10 +271,14 @@ class Versions:
             del self._texts[version]
             self._draining[version] = asyncio.create_task(self._release(version))
 
-    async def _move(self, source: str | None, target: str) -> None:
-        """Recompute what has no token yet, where that is asked for and both encode alike."""
+    async def _move(self, source: str | None, target: str, update: Update | None) -> None:
+        """Recompute what has no token yet, where that is asked for and both encode alike.
+
+        Whoever promotes says it, else the run that made the target, else the configuration.
+        """
         old, new = self._texts.get(source or ""), self._texts[target]
-        if self._config.update != "recompute" or source is None or old is None:
+        said = update or (self._shelf.update_of(target) if self._shelf else None)
+        if (said or self._config.update) != "recompute" or source is None or old is None:
             return
         if not await asyncio.to_thread(new.is_as, old):
             log.info("%s reads text otherwise than %s: requests stay there", target, source)

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from cluster.config import Frozen
-from cluster.library.ref import NAME
+from cluster.library.ref import NAME, Update
 from train_jobs.adaptation import Adapter, LoRA, Offload, check_offload
 from train_jobs.data.settings import Data
 from train_jobs.objectives.settings import GRPO, ChatSFT, Distillation, Objective
@@ -110,6 +110,10 @@ class Publish(Frozen):
     every: PositiveInt | None = None
     """Steps after which the weights go on the cluster's shelf, as ``NAME@run.RUN.STEP``: what is
     deployed as ``NAME@live`` answers with the newest of them while the run goes on."""
+    update: Update | None = None
+    """What becomes of requests that run when one of these goes live: they ``finish`` on the version
+    before, or those without a token begin anew (``recompute``). By default the deployed model's
+    configuration says it."""
 
     def is_due(self, step: int) -> bool:
         """Say whether the weights go on the shelf after this step."""
@@ -198,6 +202,11 @@ class FinetuneConfig(Frozen):
             raise ValueError(
                 f"publish.merge=false with objective {self.objective.kind}, whose head is no part "
                 "of an adapter; publish the sum"
+            )
+        if self.publish.update == "recompute":
+            raise ValueError(
+                "publish.merge=false with publish.update=recompute: requests of an adapter finish "
+                "on the version that they began with; leave it out"
             )
         if self.publish.name is None:
             raise ValueError(

@@ -168,8 +168,9 @@ class Fit:
         from cluster.weights.client import Writer
         from train_jobs.live import LiveWeights
 
-        name = self.task.config.publish.name or self.task.base.name
-        self.live = LiveWeights(self.task.base, name, self.run.id, Writer())
+        told = self.task.config.publish
+        name = told.name or self.task.base.name
+        self.live = LiveWeights(self.task.base, name, self.run.id, Writer(), told.update)
 
     def go_live(self, progress: Progress) -> None:
         """Put the weights on the cluster's shelf; a shelf that is full does not end the run."""

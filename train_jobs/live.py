@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.errors import JobError, RoundhouseError
+from cluster.library.ref import Update
 from cluster.library.store import Version
 from cluster.weights.files import small_files
 from cluster.weights.layout import Bundle, Tensor
@@ -48,9 +49,19 @@ class Writer(Protocol):
 class LiveWeights:
     """Puts what the engine has learnt on the shelf; each rank has one, and calls it together."""
 
-    def __init__(self, base: Version, name: str, run_id: str, writer: Writer) -> None:
-        """Versions are called ``name@run.RUN.STEP``."""
-        self._base, self._writer = base, writer
+    def __init__(
+        self,
+        base: Version,
+        name: str,
+        run_id: str,
+        writer: Writer,
+        update: Update | None = None,
+    ) -> None:
+        """Versions are called ``name@run.RUN.STEP``.
+
+        ``update`` says what becomes of requests that run when one goes live.
+        """
+        self._base, self._writer, self._update = base, writer, update
         self.prefix = f"{name}@run.{run_word(run_id)}."
         """What the references of this run begin with."""
         self._files = small_files(base.path) if dist.get_rank() == 0 else {}
@@ -98,7 +109,7 @@ class LiveWeights:
     def _bundle(
         self, ref: str, weights: Matrices | Weights, layout: Mapping[str, Tensor]
     ) -> Bundle:
-        return Bundle(ref, weights.files, layout, self._base.ref, time.time())
+        return Bundle(ref, weights.files, layout, self._base.ref, time.time(), self._update)
 
     def _seal(self, parcel: str, nodes: Sequence[str], bundle: Bundle) -> list[str]:
         try:

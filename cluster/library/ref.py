@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from cluster.errors import ConfigError
 
@@ -14,6 +15,9 @@ CHAMPION = "champion"
 NEWEST = "live"
 """What is deployed under this alias answers with the newest version that a run has put on the
 shelf; while there is none, with the one that the library's alias names."""
+Update = Literal["finish", "recompute"]
+"""What becomes of requests that run when another version goes live: they finish on the old one, or
+those without a token of their answer begin anew on the new one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.errors import ClusterError
 from cluster.home import home
+from cluster.library.ref import Update
 from cluster.weights.actors import (
     CALL_S,
     MOVE_S,
@@ -114,15 +115,18 @@ def publish(
     tensors: Iterable[Named],
     base: str | None = None,
     plan: CutPlan | None = None,
+    update: Update | None = None,
 ) -> Bundle:
     """Put a version on the shelf of this node; returns it once readers can find it.
 
-    Raises NotEnough where it does not fit beside what is in use; then nothing has changed.
+    ``update`` says what becomes of requests that run when it goes live; by default the model's
+    configuration does. Raises NotEnough where it does not fit beside what is in use; then nothing
+    has changed.
     """
     writer, parcel = Writer(), uuid.uuid4().hex
     try:
         told = writer.ship(parcel, tensors, plan)
-        bundle = Bundle(ref, dict(files), told, base, time.time())
+        bundle = Bundle(ref, dict(files), told, base, time.time(), update)
         writer.seal([(parcel, writer.node)], bundle)
     except BaseException:
         writer.abandon(parcel)
@@ -221,8 +225,13 @@ def bring(ref: str, holder: str) -> Path:
 
     The folder is named by their content, so that versions that differ in weights alone share it.
     """
-    bundle, _ = asked(open_agent().take.remote(ref, holder), MOVE_S)
-    return materialised(bundle.files)
+    return materialised(take(ref, holder).files)
+
+
+def take(ref: str, holder: str) -> Bundle:
+    """Bring a version to this node's shelf; ``holder`` has it leased from now on."""
+    bundle: Bundle = asked(open_agent().take.remote(ref, holder), MOVE_S)[0]
+    return bundle
 
 
 def materialised(files: Mapping[str, bytes]) -> Path:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import ConfigError, Corrupt
+from cluster.library.ref import Update
 
 Array = NDArray[Any]
 
@@ -77,6 +78,8 @@ class Bundle:
     """The library version that it was made from."""
     created: float = 0.0
     """Seconds since the epoch."""
+    update: Update | None = None
+    """What becomes of running requests when it goes live, where its run has said so."""
 
     @property
     def pieces(self) -> dict[str, int]:

@@ -82,7 +82,7 @@ def put_live(
     session = Session(place, base, fields, data)
     version = Library(folder / "library").get("tiny", 1)
     shelf = Folder(folder, place.rank)
-    live = LiveWeights(version, "tiny", "Demo_Run-1", shelf)
+    live = LiveWeights(version, "tiny", "Demo_Run-1", shelf, "recompute")
     session.train(go_live=lambda progress: live.put(session.engine, progress.step))
     mine = list(shelf.names)
     dist.barrier()
@@ -101,6 +101,7 @@ def put_live(
     return {
         "ref": bundle.ref,
         "base": bundle.base,
+        "update": bundle.update,
         "files": sorted(bundle.files),
         "names": sorted(stored),
         "mine": mine,

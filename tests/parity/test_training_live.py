@@ -35,7 +35,7 @@ def test_the_shelf_has_what_an_export_would_write_each_rank_its_part(
         fields["publish"] |= {"merge": False, "name": "tiny-lora"}
     first, second = two.run(live_work.put_live, base, fields, TOY, tmp_path)
     assert first["ref"] == "tiny@run.demo-run-1.2"
-    assert first["base"] == "tiny@1"
+    assert (first["base"], first["update"]) == ("tiny@1", "recompute")
     assert ("config.json" in first["files"]) == (adapter is None or "dora" in adapter)
     assert first["apart"] <= (1e-6 if adapter else 0.0)
     assert sorted(first["mine"] + second["mine"]) == first["names"], "each tensor once"

@@ -65,6 +65,9 @@ class Shelf:
             (folder / "adapter_config.json").write_text(json.dumps(told))
         return folder
 
+    def update_of(self, version: str) -> None:
+        return None
+
     async def renew(self, versions: list[str]) -> None:
         pass
 

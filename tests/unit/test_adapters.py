@@ -98,6 +98,8 @@ async def test_promotion_of_an_adapter_leaves_the_base_alone(tmp_path: Path) -> 
         assert await s.named("red@1") == ("red@1", "tiny@1")
         assert await s.named("red@champion") == ("red@2", "tiny@1")
         assert list(s.engine._versions) == ["tiny@1"]
+        with pytest.raises(ReleaseError, match="requests finish on the version.*--update"):
+            await s.releases.promote("red", 1, update="recompute")
 
 
 async def test_an_adapter_that_does_not_load_is_not_promoted_and_says_why(tmp_path: Path) -> None:

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import UnknownModel
+from cluster.library.ref import Update
 from cluster.library.store import Library
+from cluster.weights import client
+from cluster.weights.layout import Bundle
 from serve_apps.config import Fake, ModelConfig
 from serve_apps.engine.fake import FakeEngine
 from serve_apps.release_policy import Order, Report
+from serve_apps.shelf import NodeShelf
 from serve_apps.versions import Versions
 from tests.unit.serving_fixtures import publish, until
 
@@ -53,6 +57,7 @@ class Shelf:
     base: str
     holder: str = "r0"
     left: list[str] = field(default_factory=list)
+    update: Update | None = None
 
     async def open(self) -> None:
         pass
@@ -63,6 +68,9 @@ class Shelf:
         told = {"peft_type": "LORA", "base_model_name_or_path": self.base}
         (self.folder / "adapter_config.json").write_text(json.dumps(told))
         return self.folder
+
+    def update_of(self, version: str) -> Update | None:
+        return self.update
 
     async def renew(self, versions: list[str]) -> None:
         pass
@@ -105,3 +113,64 @@ async def test_an_addition_answers_beside_its_base_and_both_go_in_their_order(
     finally:
         await versions.stop()
         await engine.stop()
+
+
+class Moving(FakeEngine):
+    """Remembers what it was asked to move."""
+
+    def __init__(self, config: Fake) -> None:
+        super().__init__(config)
+        self.moves: list[tuple[str, str]] = []
+
+    async def move(self, source: str, target: str) -> int:
+        self.moves.append((source, target))
+        return await super().move(source, target)
+
+
+@pytest.mark.parametrize(
+    ("model", "run", "order", "moves"),
+    [
+        ("finish", None, None, False),
+        ("recompute", None, None, True),
+        ("finish", "recompute", None, True),
+        ("recompute", "finish", None, False),
+        ("finish", "finish", "recompute", True),
+        ("recompute", "recompute", "finish", False),
+    ],
+)
+async def test_who_promotes_says_what_becomes_of_requests_then_the_run_then_the_model(
+    tmp_path: Path, model: Update, run: Update | None, order: Update | None, moves: bool
+) -> None:
+    library = Library(tmp_path / "library")
+    publish(library, tmp_path, mark="a")
+    library.move_alias("tiny", "live", 1, None, "test")
+    settings = Fake(kind="fake")
+    engine, board = Moving(settings), Board(Order("tiny@1"))
+    (tmp_path / "shelf").mkdir()
+    shelf = Shelf(tmp_path / "shelf", "tiny@1", update=run)
+    config = ModelConfig(model="tiny@live", engine=settings, drain_s=5.0, update=model)
+    versions = Versions(config, engine, library, board, "r0", shelf)
+    await engine.start()
+    await versions.start()
+    try:
+        board.order = Order(FIRST, update=order)
+        await until(lambda: FIRST in [r.active for r in board.reports], "the addition answers")
+        assert engine.moves == ([("tiny@1", FIRST)] if moves else [])
+    finally:
+        await versions.stop()
+        await engine.stop()
+
+
+async def test_what_a_run_says_travels_with_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundles = {
+        ref: Bundle(ref, {}, {}, update=update)
+        for ref, update in ((FIRST, "recompute"), (SECOND, None))
+    }
+    monkeypatch.setattr(client, "take", lambda ref, holder: bundles[ref])
+    monkeypatch.setattr(client, "materialised", lambda files: tmp_path)
+    shelf = NodeShelf("r0")
+    for ref in bundles:
+        assert await shelf.bring(ref) == tmp_path
+    assert (shelf.update_of(FIRST), shelf.update_of(SECOND)) == ("recompute", None)

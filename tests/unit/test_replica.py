@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import EngineError, ReleaseError, UnknownModel
+from cluster.library.ref import Update
 from cluster.library.store import Library
 from cluster.text.chat import ChatText
 from serve_apps.answers import Reading, answer
@@ -20,6 +21,7 @@ from serve_apps.calls import Call, Event, Refusal
 from serve_apps.config import Fake, ModelConfig
 from serve_apps.engine.fake import FakeEngine
 from serve_apps.engine.interface import Chunk, Stream
+from serve_apps.release_config import Pace
 from serve_apps.releases import Releases
 from serve_apps.replica import Replica
 from tests.unit.serving_fixtures import IM_END, one_version, publish, two_versions, until
@@ -184,9 +186,13 @@ async def test_requests_of_the_old_version_finish_on_it(tmp_path: Path) -> None:
         assert (events[-1].finish, events[-1].completion_tokens) == ("length", 20)
 
 
-@pytest.mark.parametrize("update", ["finish", "recompute"])
+@pytest.mark.parametrize("pace", ["all", "one"])
+@pytest.mark.parametrize(
+    ("update", "said"),
+    [("finish", None), ("recompute", None), ("finish", "recompute"), ("recompute", "finish")],
+)
 async def test_what_waits_when_a_version_goes_live_finishes_or_begins_anew(
-    tmp_path: Path, update: str
+    tmp_path: Path, update: Update, said: Update | None, pace: Pace
 ) -> None:
     async with stage(tmp_path, update=update, token_delay_s=0.02, max_concurrent=1) as s:
         [replica], [engine] = s.replicas, s.engines
@@ -196,11 +202,12 @@ async def test_what_waits_when_a_version_goes_live_finishes_or_begins_anew(
         named = asyncio.create_task(ask(replica, call("named", 3, version="tiny@1")))
         pair = asyncio.create_task(ask(replica, call("pair", 3, n=2)))
         await until(lambda: len(engine._held) == 5, "all of them are there")
-        await s.releases.promote("tiny", 2)
+        await s.releases.promote("tiny", 2, pace=pace, update=said)
+        assert s.releases._order("tiny", "champion", "r0").update is None, "it is said once"
         answers = {n: await t for n, t in zip("bwnp", (begun, waits, named, pair), strict=True)}
         assert not [e for es in answers.values() for e in es if isinstance(e, Refusal)]
         told = {n: {e.version for e in events} for n, events in answers.items()}  # type: ignore[union-attr]
-        new = "tiny@2" if update == "recompute" else "tiny@1"
+        new = "tiny@2" if (said or update) == "recompute" else "tiny@1"
         assert told == {"b": {"tiny@1"}, "w": {new}, "n": {"tiny@1"}, "p": {"tiny@1"}}
 
 

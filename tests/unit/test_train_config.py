@@ -86,6 +86,13 @@ def test_a_resolved_configuration_reads_back_equal(config: Path, tmp_path: Path)
         ({"adapter": {"kind": "lora", "rank": 8}}, r"unknown key 'rank'"),
         ({"publish": {"name": "x", "merge": False}}, "needs something apart"),
         (
+            {
+                "adapter": {"kind": "lora"},
+                "publish": {"name": "x", "merge": False, "update": "recompute"},
+            },
+            "requests of an adapter finish",
+        ),
+        (
             {"adapter": {"kind": "lora"}, "publish": {"merge": False}},
             "needs publish.name: an adapter has a name",
         ),
