@@ -29,11 +29,13 @@ models:
     replicas: 2
     num_cpus: 0.25
     drain_s: 5
+    adapters: [extra@live]
     engine:
       tensor_parallel: 2
       device: cpu
       dtype: float32
       max_model_len: 256
+      max_lora_rank: 8
       threads: 1
 """
 PUT = """
@@ -58,6 +60,9 @@ else:
 """
 LORA = "pair@run.lora.1"
 """Adds to pair@1: a run's matrices without the weights below them."""
+EXTRA = ("extra@run.lora.1", "extra@run.lora.2")
+"""The same of a run with a name of its own; both add to pair@1, too."""
+TOO_WIDE = "extra@run.lora.3"
 ASKED = ([5, 6, 7, 8], [9, 3, 11, 40, 41, 42, 43], list(range(20, 60)))
 """Prompts: the last is longer than a block of the cache, so its beginning is kept there."""
 
@@ -71,10 +76,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp("pair") / "model"
         made[ref] = save_tiny(folder, seed=seed, vocab_size=400)
         write_tokenizer(folder)
-    made[LORA] = save_adapter(made["pair@1"], tmp_path_factory.mktemp("lora") / "a", 1, r=4)
-    told = json.loads((made[LORA] / "adapter_config.json").read_text())
-    told["base_model_name_or_path"] = "pair@1"
-    (made[LORA] / "adapter_config.json").write_text(json.dumps(told))
+    for seed, ref in enumerate((LORA, *EXTRA, TOO_WIDE), 1):
+        rank = 16 if ref == TOO_WIDE else 4
+        made[ref] = save_adapter(made["pair@1"], tmp_path_factory.mktemp("lora"), seed, r=rank)
+        told = json.loads((made[ref] / "adapter_config.json").read_text())
+        told["base_model_name_or_path"] = "pair@1"
+        (made[ref] / "adapter_config.json").write_text(json.dumps(told))
     return made
 
 
@@ -89,11 +96,12 @@ def expected(folders: dict[str, Path]) -> dict[str, list[str]]:
 
     told: dict[str, list[str]] = {}
     for ref, folder in folders.items():
-        whole = folders["pair@1"] if ref == LORA else folder
+        added = (folder / "adapter_config.json").exists()
+        whole = folders["pair@1"] if added else folder
         model = AutoModelForCausalLM.from_pretrained(
             whole, dtype=torch.float32, trust_remote_code=False
         )
-        if ref == LORA:
+        if added:
             model = PeftModel.from_pretrained(model, folder)
         text = ChatText.load(whole)
         told[ref] = []
@@ -140,16 +148,17 @@ def ask(rig: Rig, at: int = 0, model: str = NAME) -> tuple[str | None, str]:
 class Client(threading.Thread):
     """Asks again and again; writes down who answered what."""
 
-    def __init__(self, rig: Rig, at: int) -> None:
+    def __init__(self, rig: Rig, at: int, model: str = NAME) -> None:
         super().__init__(daemon=True)
         self._rig, self._at, self._end = rig, at, threading.Event()
+        self._model = model
         self.said: list[tuple[str | None, str]] = []
         self.failures: list[str] = []
 
     def run(self) -> None:
         while not self._end.is_set():
             try:
-                self.said.append(ask(self._rig, self._at))
+                self.said.append(ask(self._rig, self._at, self._model))
             except Exception as error:
                 self.failures.append(repr(error))
             time.sleep(0.1)  # two cores also hold the trainer, four ranks and the proxy
@@ -159,11 +168,11 @@ class Client(threading.Thread):
         self.join(60)
 
 
-def until_all(rig: Rig, ref: str, seconds: float = 60.0) -> None:
+def until_all(rig: Rig, ref: str, seconds: float = 60.0, model: str = NAME) -> None:
     """Wait until only ``ref`` answers: eight answers in a row, of whatever replica."""
     until, row = time.monotonic() + seconds, 0
     while row < 8:
-        row = row + 1 if ask(rig)[0] == ref else 0
+        row = row + 1 if ask(rig, model=model)[0] == ref else 0
         assert time.monotonic() < until, f"{ref} does not answer alone"
 
 
@@ -221,3 +230,52 @@ def test_SC11_what_a_lora_run_has_learnt_travels_alone_and_answers_beside_its_ba
     for at in range(len(ASKED)):
         assert ask(pair, at) == (LORA, expected[LORA][at])
         assert ask(pair, at, "pair@1") == ("pair@1", expected["pair@1"][at])
+
+
+def test_SC11_an_adapter_that_a_run_goes_on_training_answers_under_its_own_name(
+    pair: Rig, folders: dict[str, Path], expected: dict[str, list[str]]
+) -> None:
+    with pytest.raises(openai.NotFoundError, match="no model 'extra' here"):
+        ask(pair, model="extra")
+    before = ask(pair)[0]
+    put(pair, EXTRA[0], folders[EXTRA[0]])
+    until = time.monotonic() + 60
+    while "extra@live" not in models(pair):
+        assert time.monotonic() < until, "no replica answers for it"
+        time.sleep(0.1)
+    until_all(pair, EXTRA[0], model="extra@live")
+    clients = [Client(pair, n % len(ASKED), "extra") for n in range(4)]
+    for client in clients:
+        client.start()
+    put(pair, EXTRA[1], folders[EXTRA[1]])
+    until_all(pair, EXTRA[1], model="extra")
+    put(pair, TOO_WIDE, folders[TOO_WIDE])
+    put(pair, f"-{EXTRA[0]}", folders["pair@1"])
+    until = time.monotonic() + 60
+    while "r=16 is outside 1 to 8" not in refusal(pair, TOO_WIDE):
+        assert time.monotonic() < until, "nobody says why it is not taken"
+        time.sleep(0.2)
+    for client in clients:
+        client.finish()
+        assert client.failures == []
+    for n, client in enumerate(clients):
+        for who, said in client.said:
+            assert said == expected[str(who)][n % len(ASKED)], f"{who} does not answer so"
+    assert {who for client in clients for who, _ in client.said} == {*EXTRA}
+    for at in range(len(ASKED)):
+        assert ask(pair, at, "extra@live") == (EXTRA[1], expected[EXTRA[1]][at])
+        assert ask(pair, at, "pair@1") == ("pair@1", expected["pair@1"][at])
+    assert ask(pair)[0] == before, "the model is not touched"
+
+
+def refusal(rig: Rig, model: str) -> str:
+    """Return why a version does not answer."""
+    with pytest.raises(openai.NotFoundError) as told:
+        ask(rig, model=model)
+    return str(told.value)
+
+
+def models(rig: Rig) -> set[str]:
+    """Return what may be asked for."""
+    api = openai.OpenAI(base_url=f"{rig.cluster.serve_url}/v1", api_key=rig.api_key)
+    return {one.id for one in api.models.list()}
