@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from cluster.library.ref import CHAMPION, NEWEST, Ref
 from serve_apps.release_policy import Decision, GiveUp, Go, Report, Served, Wait
@@ -60,6 +61,26 @@ def after_reading(target: str, replicas: Mapping[str, Report]) -> Decision:
     if replicas and there == len(replicas):
         return Go()
     return Wait(f"reading {target}: {there} of {len(replicas)} replicas")
+
+
+def reports_of(name: str, reports: Mapping[str, Report]) -> dict[str, Report]:
+    """Return what a model's replicas report, as of one of its adapters alone.
+
+    It is held where it is in the engine: what merely fits may still turn out not to load.
+    """
+    return {
+        who: replace(
+            report,
+            active=next((ref for ref in report.adapters_active if _name(ref) == name), None),
+            held=tuple(ref for ref in report.adapters_read if _name(ref) == name),
+        )
+        for who, report in reports.items()
+    }
+
+
+def names_of(report: Report) -> set[str]:
+    """Return the adapters that a replica knows."""
+    return {_name(ref) for ref in report.adapters}
 
 
 def _name(ref: str) -> str:

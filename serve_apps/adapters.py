@@ -140,6 +140,9 @@ class Adapters:
         for ref in dict.fromkeys((*answering, *newest.values())):
             if ref not in self._users and len(self._users) < self._config.engine.max_adapters:
                 await self._preload(ref)
+        for ref in self._versions.tried_adapters:  # others make room
+            if ref in found.fits and ref not in self._users:
+                await self._preload(ref)
         before = self._live.problems
         await self._live.follow(ordered)
         self._warn(self._live.problems, before)
@@ -148,7 +151,8 @@ class Adapters:
         active = tuple(sorted(ref for ref in answers.values() if ref in fits))
         unfit = self._found.problems | self._live.problems
         pinned = self._found.pinned | self._live.pinned
-        await self._versions.tell_adapters(fits, active, unfit, pinned)
+        read = tuple(sorted({*self._users, *self._live.fits}))
+        await self._versions.tell_adapters(fits, active, unfit, pinned, read)
 
     def _warn(self, problems: dict[str, str], before: dict[str, str]) -> None:
         for name, why in problems.items():

@@ -76,7 +76,10 @@ class Catalogue:
     def _adapters(self, models: Mapping[str, Served]) -> dict[str, Served]:
         return {
             one.name: replace(
-                one, aliases=self._aliases(one.name), created=self._created(one.active[-1])
+                one,
+                aliases=self._aliases(one.name),
+                created=self._created(one.active[-1]),
+                canary=self._canary(one.name),
             )
             for model in models
             for one in adapters_of(model, self._deployed.live(model).values(), self._active_adapter)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from cluster.library.ref import Update
+from serve_apps.adapter_policy import names_of, reports_of
 from serve_apps.release_policy import LIVE_S, Report
 
 
@@ -60,6 +61,22 @@ class Deployed:
         for replica in [r for r, seen in model.seen_s.items() if now - seen > LIVE_S]:
             del model.reports[replica], model.seen_s[replica]
         return dict(model.reports)
+
+    def model_of(self, name: str) -> str | None:
+        """Return the deployed model that answers for a name: itself, or the base of an adapter."""
+        if name in self.models:
+            return name
+        for model in self.models:
+            if any(name in names_of(report) for report in self.live(model).values()):
+                return model
+        return None
+
+    def live_of(self, name: str) -> dict[str, Report]:
+        """Return what was reported lately of a model, or of an adapter as if it were one."""
+        model = self.model_of(name)
+        if model is None or model == name:
+            return self.live(name)
+        return reports_of(name, self.live(model))
 
     def changed(self) -> None:
         """Have everybody who waits look again."""

@@ -53,7 +53,10 @@ class Stage(Protocol):
     """What a release acts on: :class:`serve_apps.releases.Releases`."""
 
     def live(self, name: str) -> dict[str, Report]:
-        """Return the live replicas of a model; none where it is not deployed."""
+        """Return the live replicas of a model or an adapter; none where it is not deployed."""
+
+    def model_of(self, name: str) -> str:
+        """Return the deployed model that answers for a name."""
 
     def changed(self) -> None:
         """Have everybody look again."""
@@ -248,20 +251,20 @@ class Conductor:
             if elapsed_s > GONE_S:
                 return Rollback(f"{record.name} has had no live replica for {GONE_S:g} s")
             return Hold(f"no replica of {record.name} is live")
-        step = record.moved.step
+        step, model = record.moved.step, self._stage.model_of(record.name)
         if step is None:
             decision = loaded(record.ref, replicas, going.known, elapsed_s, policy.load_timeout_s)
             if not isinstance(decision, Advance):
                 return decision
             await self._witness.judge(going)
-            await self._witness.ask(going, FRESH_S)
+            await self._witness.ask(going, model, FRESH_S)
             return entered(policy, self._witness.seen(going))
         if gone := lost(replicas, going.known):
             return Rollback(f"{gone} while {record.ref} answered {record.moved.percent:g} %")
-        await self._witness.ask(going, policy.gates.golden_every_s)
+        await self._witness.ask(going, model, policy.gates.golden_every_s)
         decision = stepped(policy, policy.traffic.steps[step], self._witness.seen(going))
         if isinstance(decision, Advance) and policy.gates.golden:
-            await self._witness.ask(going, FRESH_S)
+            await self._witness.ask(going, model, FRESH_S)
             decision = stepped(policy, policy.traffic.steps[step], self._witness.seen(going))
         return decision
 

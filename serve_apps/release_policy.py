@@ -26,6 +26,8 @@ class Order:
     """Whether its memory should be free: no engine, until somebody asks."""
     adapters: Mapping[str, str] = field(default_factory=dict)
     """Of the adapters that follow the shelf the newest version there, by name."""
+    tries: tuple[str, ...] = ()
+    """Versions of its adapters that releases try: to be read before anybody asks for them."""
     update: Update | None = None
     """What becomes of requests that run when ``active`` changes; ``None``: what its run has said,
     else the model's configuration."""
@@ -59,6 +61,8 @@ class Report:
     """Memory of its ranks while it is awake; ``None``: not known."""
     follows: tuple[str, ...] = ()
     """Adapters that answer with what the shelf has newest."""
+    adapters_read: tuple[str, ...] = ()
+    """Of its adapters those that are in the engine now."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,8 +93,8 @@ class Witness:
         ]
         going.judged, going.judged_s = tuple(found), now
 
-    async def ask(self, going: Going, fresh_s: float) -> None:
-        """Ask the golden prompts, unless they have just been asked."""
+    async def ask(self, going: Going, model: str, fresh_s: float) -> None:
+        """Ask the golden prompts, unless they have just been; ``model`` is who answers."""
         wanted = going.policy.gates.golden
         if not wanted or self.asker is None:
             return
@@ -104,7 +104,7 @@ class Witness:
         for golden in wanted:
             try:
                 async with asyncio.timeout(ASK_S):
-                    text = await self.asker.ask(going.record.name, going.record.ref, golden)
+                    text = await self.asker.ask(model, going.record.ref, golden)
             except (RoundhouseError, TimeoutError) as error:
                 told = f"{error}" or f"no answer within {ASK_S:g} s"
                 unmet_ones.append(f"{golden.chat or golden.prompt!r:.60} was not answered: {told}")

@@ -19,6 +19,7 @@ from cluster.errors import ReleaseError, RoundhouseError
 from cluster.library.ref import NEWEST, Update
 from cluster.library.releases import Release
 from cluster.library.store import Library
+from serve_apps.adapter_policy import names_of
 from serve_apps.catalogue import Catalogue
 from serve_apps.deployed import Deployed, Model, asleep
 from serve_apps.promotions import Promotions
@@ -72,6 +73,7 @@ class Releases:
         self._deployed = Deployed(clock)
         self._models = self._deployed.models
         self._conductor = Conductor(self._library, self, asker, clock)
+        self._resumed: set[str] = set()
         self._catalogue = Catalogue(self._library, self._deployed, self._conductor.canary)
         self._promotions = Promotions(self._library, self._deployed, self._served)
         self._sleep = SleepKeeper(clock)
@@ -102,10 +104,15 @@ class Releases:
         """Take what a replica has just brought about."""
         self._model(name, alias)
         self._deployed.report(name, replica, report)
+        for adapter in names_of(report) - self._resumed:
+            self._resumed.add(adapter)
+            self._conductor.resume(adapter)
 
     async def leave(self, name: str, replica: str) -> None:
         """Forget a replica that shuts down."""
-        self._conductor.left(name, replica)
+        report = self.live(name).get(replica, Report())
+        for one in (name, *names_of(report)):
+            self._conductor.left(one, replica)
         self._deployed.leave(name, replica)
 
     async def snapshot(self, have: Snapshot | None = None) -> Snapshot:
@@ -166,27 +173,40 @@ class Releases:
         Raises ReleaseError where that cannot be, Conflict while another release runs.
         """
         candidate = self._library.get(name, number)
-        model = self._models.get(name)
-        if model is None:
-            kind = "an adapter: promote it" if name in self._served() else "not deployed"
-            raise ReleaseError(f"{name} is {kind}; a release needs replicas that answer for it")
-        champion = self._library.aliases(name).get(model.alias)
+        alias = self._alias_to_release(name)
+        champion = self._library.aliases(name).get(alias)
         if champion is None:
             raise ReleaseError(
-                f"{name}@{model.alias} points to nothing; `roundhouse promote {name}@N` first"
+                f"{name}@{alias} points to nothing; `roundhouse promote {name}@N` first"
             )
         if champion == number:
-            raise ReleaseError(f"{candidate.ref} is {name}@{model.alias} already")
-        if model.alias == CANDIDATE:
+            raise ReleaseError(f"{candidate.ref} is {name}@{alias} already")
+        if alias == CANDIDATE:
             raise ReleaseError(f"{name} is deployed as @{CANDIDATE}, which a release moves itself")
         async with self._promotions.lock(name):
             self._conductor.check(name, policy)
             self._promotions.swap(
                 name, CANDIDATE, number, self._library.aliases(name).get(CANDIDATE), by
             )
-            release = self._conductor.start(name, model.alias, champion, number, policy, by)
+            release = self._conductor.start(name, alias, champion, number, policy, by)
         self.changed()
         return release
+
+    def _alias_to_release(self, name: str) -> str:
+        """Return the alias that answers for a model or an adapter; ReleaseError where none does."""
+        if model := self._models.get(name):
+            return model.alias
+        served = self._served().get(name)
+        if served is None:
+            raise ReleaseError(
+                f"{name} is not deployed; a release needs replicas that answer for it"
+            )
+        if served.alias == NEWEST:
+            raise ReleaseError(
+                f"{name} follows the shelf ({name}@{NEWEST} under `adapters`), and a release moves "
+                f"an alias of the library; deploy it as {name}"
+            )
+        return served.alias
 
     async def stop_release(self, name: str, by: str) -> Release:
         """Roll a release back at once; ReleaseError where none runs."""
@@ -253,20 +273,30 @@ class Releases:
         order = self._order(name, alias, replica)
         self._look_at_sleep()
         report = self._models[name].reports.get(replica, Report())
-        adapters = self._catalogue.newest_of(report.follows)
-        return replace(order, asleep=self._sleep.ordered(name), adapters=adapters)
+        tried = map(self._conductor.running, sorted(names_of(report)))
+        return replace(
+            order,
+            asleep=self._sleep.ordered(name),
+            adapters=self._catalogue.newest_of(report.follows),
+            tries=tuple(release.ref for release in tried if release),
+        )
 
     def _look_at_sleep(self) -> None:
         known = {
             name: Known(
                 self.live(name),
-                model.target is not None or self._conductor.running(name) is not None,
+                model.target is not None or self._is_released(name),
                 functools.partial(self._catalogue.estimate, name, model.alias),
             )
             for name, model in self._models.items()
         }
         if self._sleep.look(known):
             self.changed()
+
+    def _is_released(self, name: str) -> bool:
+        """Say whether a release of a model, or of one of its adapters, runs."""
+        adapters = (names_of(report) for report in self.live(name).values())
+        return any(self._conductor.running(one) for one in set().union({name}, *adapters))
 
     def _check_deployed(self, name: str) -> None:
         if name not in self._models:
@@ -284,7 +314,11 @@ class Releases:
 
     def live(self, name: str) -> dict[str, Report]:
         """See :class:`serve_apps.release_control.Stage`."""
-        return self._deployed.live(name)
+        return self._deployed.live_of(name)
+
+    def model_of(self, name: str) -> str:
+        """See :class:`serve_apps.release_control.Stage`."""
+        return self._deployed.model_of(name) or name
 
     def changed(self) -> None:
         """Have everybody who waits look again."""

@@ -71,6 +71,7 @@ class Versions:
         self._pinned: frozenset[str] = frozenset()  # bases that adapters need
         self._adapters: tuple[dict[str, str], tuple[str, ...]] = ({}, ())
         self._unfit: dict[str, str] = {}  # adapters, and why
+        self._read: tuple[str, ...] = ()  # adapters in the engine
         self._draining: dict[str, asyncio.Task[None]] = {}
         self._order: Order | None = None
         self._news = asyncio.Event()
@@ -143,6 +144,11 @@ class Versions:
         """Of the adapters that follow the shelf the newest version there, by name."""
         return self._order.adapters if self._order else {}
 
+    @property
+    def tried_adapters(self) -> tuple[str, ...]:
+        """Versions of adapters that releases try."""
+        return self._order.tries if self._order else ()
+
     async def adapters_ordered(self, most_s: float) -> None:
         """Wait until that may have changed, or so long."""
         with contextlib.suppress(TimeoutError):
@@ -156,13 +162,14 @@ class Versions:
         active: tuple[str, ...],
         unfit: dict[str, str],
         pinned: frozenset[str],
+        read: tuple[str, ...],
     ) -> None:
         """Report adapters with their bases, and keep the versions that they need."""
         if pinned != self._pinned:
             self._pinned = pinned
             self._news.set()
-        if (fits, active, unfit) != (*self._adapters, self._unfit):
-            self._adapters, self._unfit = (fits, active), unfit
+        if (fits, active, unfit, read) != (*self._adapters, self._unfit, self._read):
+            self._adapters, self._unfit, self._read = (fits, active), unfit, read
             await self._tell()
 
     def check(self) -> None:
@@ -200,7 +207,7 @@ class Versions:
                 await asyncio.sleep(AWAY_S)
                 continue
             if order != self._order or order.asleep != self.sleeper.asleep:
-                if order.adapters != self.ordered_adapters:
+                if (order.adapters, order.tries) != (self.ordered_adapters, self.tried_adapters):
                     self._adapter_news.set()
                 self._order = order
                 self._news.set()
@@ -378,6 +385,7 @@ class Versions:
             self._config.idle_s,
             self._need if self.sleeper.asleep else self._measure(),
             self._config.live_adapters,
+            self._read,
         )
 
     async def _tell(self) -> None:

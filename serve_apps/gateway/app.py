@@ -126,6 +126,8 @@ class Gateway:
     ) -> Choice | None:
         if served.canary is None:
             return None
+        if served.app and body.model in (served.name, served_id(served)):
+            version = None  # nobody insists on it: the library's alias named it
         tenant = request.state.salt
         return self._traffic.choose(served, body.model, version, given, request.headers, tenant)
 

@@ -17,7 +17,10 @@ from cluster.library.manifest import Facts
 from cluster.library.store import Library
 from serve_apps.config import Fake, Limits, ModelConfig
 from serve_apps.engine.fake import FakeEngine
-from serve_apps.gateway.app import make_app
+from serve_apps.gateway.app import Gateway, make_app
+from serve_apps.gateway.traffic import Traffic
+from serve_apps.golden import asked
+from serve_apps.release_config import Golden
 from serve_apps.releases import Releases
 from serve_apps.replica import Replica
 from tests.unit.serving_fixtures import AUTH, CHAT, LocalBackend, OneKey, publish
@@ -84,14 +87,15 @@ class Stage:
     engine: FakeEngine
     client: httpx.AsyncClient
     shelf: Shelf
+    traffic: Traffic
 
-    async def ask(self, model: str) -> httpx.Response:
+    async def ask(self, model: str, **more: object) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
-        return await self.client.post(CHAT, json=body, headers=AUTH)
+        return await self.client.post(CHAT, json=body | more, headers=AUTH)
 
-    async def named(self, model: str) -> tuple[str, str | None]:
+    async def named(self, model: str, **more: object) -> tuple[str, str | None]:
         """Return which version answered, and the base that the header says."""
-        reply = await self.ask(model)
+        reply = await self.ask(model, **more)
         assert reply.status_code == 200, reply.text
         assert reply.headers["x-roundhouse-model"] == reply.json()["system_fingerprint"]
         return reply.json()["system_fingerprint"], reply.headers.get("x-roundhouse-base")
@@ -106,6 +110,10 @@ class Following(LocalBackend):
 
     def served(self):  # type: ignore[no-untyped-def]
         return self._releases._served()
+
+    async def ask(self, name: str, version: str, golden: Golden) -> str:
+        """Answer golden prompts as the cluster's asker does."""
+        return await asked(self, name, version, golden)
 
 
 @asynccontextmanager
@@ -127,14 +135,18 @@ async def stage(
     shelf = Shelf(tmp_path / "shelf")
     releases, made = Releases(library, shelf=shelf), FakeEngine(engine)
     replica = Replica(config, made, library, releases, "r0", shelf=shelf)
-    app = make_app(Following(replica, releases), OneKey(), Limits())
+    backend, traffic = Following(replica, releases), Traffic()
+    releases._conductor._witness.asker = backend
+    app = make_app(backend, OneKey(), Gateway(backend, Limits(), traffic=traffic))
     try:
         await replica.start()
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(app=app), base_url="http://gate"
         ) as client:
-            yield Stage(library, releases, replica, made, client, shelf)
+            yield Stage(library, releases, replica, made, client, shelf, traffic)
     finally:
         await replica.stop()
-        if releases._following:
-            releases._following.cancel()
+        going = [one.task for one in releases._conductor._going.values()]
+        for task in (releases._following, *going):
+            if task:
+                task.cancel()
