@@ -47,6 +47,7 @@ class Shelf:
     made_for: dict[str, str | None] = field(default_factory=dict)
     """By version, oldest first: what it adds to; ``None``: a whole model."""
     leased: list[str] = field(default_factory=list)
+    brought: int = 0
     away: bool = False
 
     async def watch(self, have: Mapping[str, str]) -> dict[str, str]:
@@ -61,6 +62,7 @@ class Shelf:
         if self.away or version not in self.made_for:
             raise UnknownModel(f"{version} is on no node's shelf any more")
         self.leased.append(version)
+        self.brought += 1
         folder = self.place / version
         folder.mkdir(parents=True, exist_ok=True)
         if base := self.made_for[version]:

@@ -132,6 +132,10 @@ async def test_what_does_not_fit_is_refused_with_the_reason_and_the_one_before_s
         s.shelf.made_for[SECOND] = base
         failed = s.releases._models["tiny"].reports
         await until(lambda: told in failed["r0"].failed.get(SECOND, ""), "the reason is reported")
+        before = s.shelf.brought
+        for _ in range(2):
+            await s.replica._adapters.look()
+        assert s.shelf.brought == before, "it is not tried again"
         assert told in (await s.ask(SECOND)).json()["error"]["message"]
         assert (await s.named("new"))[0] == FIRST
         assert not s.shelf.leased
