@@ -17,7 +17,7 @@ from cluster.weights.directory import WATCH_S, Directory
 from cluster.weights.exchange import LENDS, Loan
 from cluster.weights.layout import Array, Bundle
 
-FORMAT = 1
+FORMAT = 2
 """Part of the actors' names: code that keeps another format has its own."""
 DIRECTORY = f"weights-{FORMAT}"
 SHARE = 0.6

@@ -37,6 +37,7 @@ models:
       max_model_len: 256
       max_lora_rank: 8
       threads: 1
+      weights: shared
 """
 PUT = """
 import sys
