@@ -26,6 +26,8 @@ URGENT_LAST = 1000
 """The priority of an answer in the shadow: after everybody's."""
 BUSY = frozenset({"engine_full"})
 """Codes that say nothing of a version."""
+LEAST_S = 0.1
+"""A second try with less time than this would only put off the error of the first."""
 
 Champion = asyncio.Future[tuple[list[str], float]]
 """What the champion said, and in how many seconds."""
@@ -129,9 +131,11 @@ class Traffic:
     ) -> AsyncGenerator[Event, None]:
         """Yield a call's events from the side it is on.
 
-        What fails on the candidate's side before its first token is answered by the champion.
+        What fails on the candidate's side before its first token is answered by the champion, in
+        what is left of ``request_timeout_s``, and under an id of its own: a replica may still hold
+        the first one.
         """
-        canary, begun = choice.canary, False
+        canary, begun, arrived = choice.canary, False, self._clock()
         if choice.candidate:
             asked = replace(call, version=canary.version)
             try:
@@ -142,10 +146,12 @@ class Traffic:
                         yield event
                 return
             except RequestError as error:
-                if begun or not _turns_back(error):
+                left = limits.request_timeout_s - (self._clock() - arrived)
+                if begun or not _turns_back(error) or left < LEAST_S:
                     raise
                 log.warning("request %s: %s failed (%s); the champion answers",
                             call.request_id, canary.version, error.code)  # fmt: skip
+                call, limits = _again(call, limits, left)
         stream = self._counted(backend, served, call, limits, canary, canary.champion)
         shadow = None if choice.candidate else self._shadow(backend, served, call, limits, canary)
         said, began = [""] * call.answers, self._clock()
@@ -256,3 +262,10 @@ def _not_live(error: RequestError) -> bool:
 
 def _turns_back(error: RequestError) -> bool:
     return _not_live(error) or (error.status >= 500 and error.code not in BUSY)
+
+
+def _again(call: Call, limits: Limits, left: float) -> tuple[Call, Limits]:
+    """Return a call's second try, which may take ``left`` seconds."""
+    until = left if call.deadline_s is None else min(call.deadline_s, left)
+    again = replace(call, request_id=f"{call.request_id}-champion", deadline_s=until)
+    return again, limits.model_copy(update={"request_timeout_s": left})

@@ -156,6 +156,7 @@ async def test_what_is_answered_is_counted_on_its_side() -> None:
 
 NOT_LIVE = Refusal("not live", 404, "model_not_found")
 CRASH = Refusal("the engine failed", 502, "engine_failed")
+LATE = Refusal("no token", 503, "first_token_timeout")
 FULL = Refusal("full", 429, "engine_full")
 BAD = Refusal("too long", 400, "context_length_exceeded")
 
@@ -173,6 +174,54 @@ async def test_what_fails_before_its_first_token_is_answered_by_the_champion(
         errors, errors, missed,
     )  # fmt: skip
     assert counts[OLD].requests == 1
+
+
+class Late(Two):
+    """The candidate's time-out comes after ``takes_s`` of its clock; the champion never answers."""
+
+    def __init__(self, takes_s: float) -> None:
+        super().__init__({NEW: (0, LATE)})
+        self.takes_s, self.now_s = takes_s, 0.0
+
+    async def generate(self, name: str, call: Call) -> AsyncGenerator[Event | Refusal, None]:
+        if call.version != NEW:
+            self.calls.append(call)
+            await asyncio.Event().wait()
+        self.now_s += self.takes_s
+        async for event in super().generate(name, call):
+            yield event
+
+
+async def test_the_champion_gets_what_the_candidate_left_of_the_time() -> None:
+    backend = Late(299.8)
+    traffic = Traffic(clock=lambda: backend.now_s)
+    with pytest.raises(RequestError) as told:
+        async with asyncio.timeout(30):
+            await said(traffic, backend, True)
+    assert told.value.code == "request_timeout"
+    assert [call.version for call in backend.calls] == [NEW, None]
+    assert backend.calls[1].deadline_s == pytest.approx(0.2), "nor does it begin later"
+
+
+async def test_where_no_time_is_left_the_first_error_is_told_at_once() -> None:
+    backend = Late(299.99)
+    traffic = Traffic(clock=lambda: backend.now_s)
+    with pytest.raises(RequestError) as told:
+        await said(traffic, backend, True)
+    assert (told.value.status, told.value.code) == (503, "first_token_timeout")
+    assert len(backend.calls) == 1
+
+
+async def test_the_second_try_has_an_id_of_its_own_towards_the_engine_alone() -> None:
+    backend = Two({NEW: (0, CRASH)})
+    await said(Traffic(), backend, True)
+    assert [call.request_id for call in backend.calls] == ["c1", "c1-champion"]
+    async with stack() as gate:
+        canary = replace(CANARY, percent=100.0)
+        gate.backend._served = {"tiny": replace(SERVED, canary=canary)}
+        answer = await gate.chat("Hi", user="me")
+        assert answer.headers["x-roundhouse-model"] == OLD
+        assert "-champion" not in f"{answer.text} {answer.headers}"
 
 
 async def test_after_a_token_there_is_no_way_back() -> None:
