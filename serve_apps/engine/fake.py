@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.errors import EngineError, RankLost, RequestError
 from serve_apps.config import Fake
@@ -22,6 +24,7 @@ from serve_apps.engine.interface import (
 from serve_apps.engine.stream import Answer, TokenStream, check_request, check_room
 
 VOCAB_SIZE = 256
+FAULTS = "fake.json"
 FIRST_ID = 32  # below lie the control tokens of the usual tokenizers
 
 
@@ -35,6 +38,13 @@ def fake_logprob(token_id: int, top: int) -> Logprob:
     """Return made-up log-probabilities: the token itself first, then its followers."""
     likely = (((token_id + k) % VOCAB_SIZE, -0.25 * (k + 1)) for k in range(top))
     return Logprob(token_id, -0.25, tuple(likely))
+
+
+def _with_faults(config: Fake, path: Path) -> Fake:
+    try:
+        return Fake.model_validate(config.model_dump() | json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise EngineError(f"{path.name}: {error}; its keys are the fake engine's own") from None
 
 
 @dataclass(slots=True)
@@ -53,12 +63,14 @@ class FakeEngine(Engine):
 
     ``says`` replaces the hash by fixed ids, the same for every prompt and repeated to
     ``max_tokens``. ``kill()`` plays a dead rank; ``bad_loads`` names versions that do not load.
+    A version whose files hold a ``fake.json`` has the delay and the failures that stand there.
     """
 
     def __init__(self, config: Fake, says: Sequence[int] | None = None) -> None:
         self._config, self._says = config, tuple(says or ())
         self.bad_loads: set[str] = set()
         self._versions: dict[str, str] = {}
+        self._faults: dict[str, Fake] = {}
         self._adapters: dict[str, str] = {}
         self._live: set[str] = set()  # adapters of the shelf: they take no place of the library's
         self._active: str | None = None
@@ -87,10 +99,12 @@ class FakeEngine(Engine):
         return self.info
 
     async def load(self, version: str, directory: str, holder: str | None = None) -> None:
-        """Remember the version; nothing is read."""
+        """Remember the version; of its files ``fake.json`` alone is read, if there is one."""
         self._alive()
         if version in self.bad_loads:
             raise EngineError(f"{version} cannot be loaded: it is one of bad_loads")
+        if (own := Path(directory, FAULTS)).exists():
+            self._faults[version] = _with_faults(self._config, own)
         self._versions[version] = directory
 
     async def activate(self, version: str) -> None:
@@ -110,6 +124,7 @@ class FakeEngine(Engine):
             await self.release_adapter(adapter, drain_s)
         del self._versions[version]
         await self._drain(version, drain_s)
+        self._faults.pop(version, None)
 
     async def move(self, source: str, target: str) -> int:
         """Give what has no token yet to ``target``."""
@@ -247,7 +262,8 @@ class FakeEngine(Engine):
         return PromptInfo(cached, waited, scored)
 
     async def _run(self, held: _Held) -> None:
-        request, config = held.request, self._config
+        request = held.request
+        config = self._faults.get(held.answer.version, self._config)
         if request.max_tokens == 0:
             await asyncio.sleep(config.token_delay_s)
             return self._end(held, "length")

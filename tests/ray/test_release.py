@@ -15,10 +15,12 @@ import openai
 import pytest
 
 from cluster.library import releases as records
+from cluster.library.manifest import Facts
 from cluster.library.releases import Release
 from cluster.library.store import Library
+from serve_apps.config import GATEWAY_APP, model_app
 from tests.ray.cluster_fixtures import Rig
-from tests.unit.serving_fixtures import publish
+from tests.unit.serving_fixtures import publish, write_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 HI: Any = [{"role": "user", "content": "Hi"}]
@@ -35,13 +37,19 @@ PEOPLE = 40
 
 @pytest.fixture(scope="module")
 def relay(cluster: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """Two replicas of ``relay@1``, and ``relay@2`` to ``relay@4`` in the library."""
+    """Two replicas of ``relay@1``; in the library also ``relay@2`` to ``relay@7``, of which the
+    fifth fails at its second token and the sixth is slow."""
     place = tmp_path_factory.mktemp("relay")
     library = Library(cluster.home / "library")
     publish(library, place, NAME, "a")
     library.move_alias(NAME, "champion", 1, None, "test")
     for mark in "bcd":
         publish(library, place, NAME, mark)
+    for mark, faults in {"fails": {"fail_at_token": 2}, "slow": {"token_delay_s": 0.4}}.items():
+        made = write_model(place / mark, mark)
+        (made / "fake.json").write_text(json.dumps(faults))
+        library.publish(NAME, made, Facts())
+    publish(library, place, NAME, "e")
     config = place / "serve.yaml"
     config.write_text(CONFIG)
     cluster.run("deploy", str(config), "--timeout", "90")
@@ -58,6 +66,7 @@ class People(threading.Thread):
             base_url=f"{rig.cluster.serve_url}/v1", api_key=rig.api_key, max_retries=0, timeout=60
         )
         self._people, self._end = people, threading.Event()
+        self.max_tokens = 3
         self.said: list[tuple[str, str]] = []
         self.failures: list[str] = []
 
@@ -68,11 +77,12 @@ class People(threading.Thread):
             turn += 1
             try:
                 told = self._api.chat.completions.create(
-                    model=NAME, messages=HI, max_tokens=3, user=who
+                    model=NAME, messages=HI, max_tokens=self.max_tokens, user=who
                 )
                 self.said.append((who, str(told.system_fingerprint)))
             except Exception as error:
                 self.failures.append(repr(error))
+                time.sleep(0.1)
 
     def finish(self) -> None:
         self._end.set()
@@ -208,18 +218,107 @@ def test_RC06_a_conductor_killed_in_the_middle_leaves_the_share_and_goes_on(
     assert conductor(relay) != pid
 
 
+def test_RC06_an_error_rate_that_rises_ends_it_in_the_step_where_it_does(
+    relay: Rig, crowd: list[People], tmp_path: Path
+) -> None:
+    before = library(relay).aliases(NAME)["champion"]
+    for client in crowd:
+        client.max_tokens = 1  # so short an answer does not fail
+    policy = steps(50, for_s=0, requests=20)
+    policy["traffic"]["steps"].append({"percent": 60, "for_s": 600})
+    assert start(relay, tmp_path, 5, policy) == 0
+    until(lambda: last(relay).moved.step == 1, "the second step")
+    assert [client.failures for client in crowd] == [[], [], []]
+    for client in crowd:
+        client.max_tokens = 3
+    until(lambda: last(relay).over, "the end")
+    done = last(relay).entries[-1]
+    assert (done.what, done.percent) == ("rolled_back", 0)
+    assert "requests failed, of the champion's 0 of" in done.why
+    assert done.seen["candidate"]["errors"] > 0
+    assert library(relay).aliases(NAME)["champion"] == before
+    time.sleep(1)  # what was asked before the gateway heard of it has ended
+    for client in crowd:
+        assert all("engine failed" in failure for failure in client.failures), client.failures
+        client.failures.clear()
+        client.said.clear()
+    until(lambda: len(said(crowd)) >= 2 * PEOPLE, "all are answered")
+    assert {version for _, version in said(crowd)} == {f"relay@{before}"}
+    assert [client.failures for client in crowd] == [[], [], []]
+
+
+def test_RC06_first_tokens_that_come_late_end_it(
+    relay: Rig, crowd: list[People], tmp_path: Path
+) -> None:
+    before = library(relay).aliases(NAME)["champion"]
+    policy = steps(50, for_s=600) | {"gates": {"tokens_per_s": None}}
+    assert start(relay, tmp_path, 6, policy) == 0
+    until(lambda: last(relay).over, "the end")
+    done = last(relay).entries[-1]
+    assert done.what == "rolled_back"
+    assert "the first token took" in done.why, done.why
+    told = {side: done.seen[side]["ttft_p95_s"] for side in ("candidate", "champion")}
+    assert told["candidate"] > max(0.4, 1.5 * told["champion"])
+    assert library(relay).aliases(NAME)["champion"] == before
+    for client in crowd:
+        client.finish()
+        assert client.failures == []
+
+
+def processes(rig: Rig, app: str) -> list[int]:
+    """Return the processes of an application's replicas."""
+    apps = rig.cluster.json("GET", "/api/serve/applications/")["applications"]
+    found = [r for d in apps[app]["deployments"].values() for r in d["replicas"]]
+    return [r["pid"] for r in found if r["state"] == "RUNNING"]
+
+
+def sides(crowd: list[People]) -> dict[str, set[str]]:
+    heard = said(crowd)
+    return {who: {v for other, v in heard if other == who} for who, _ in heard}
+
+
+def test_RC06_a_gateway_killed_in_the_middle_of_a_step_keeps_everybody_on_their_side(
+    relay: Rig, crowd: list[People], tmp_path: Path
+) -> None:
+    old = f"relay@{library(relay).aliases(NAME)['champion']}"
+    policy = steps(50, for_s=1, requests=250)
+    assert start(relay, tmp_path, 7, policy) == 0
+    until(lambda: last(relay).moved.what == "advanced", "the step")
+    time.sleep(1)  # what was asked before the share began is answered
+    for client in crowd:
+        client.said.clear()
+    until(lambda: len(sides(crowd)) == PEOPLE, "everybody is answered once")
+    (pid,) = processes(relay, GATEWAY_APP)
+    before = sides(crowd)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: processes(relay, GATEWAY_APP) not in ([], [pid]), "Serve restarts it")
+    for client in crowd:
+        client.said.clear()
+    until(lambda: len(sides(crowd)) == PEOPLE, "everybody is answered again")
+    after = sides(crowd)
+    assert last(relay).moved.step == 0, "the step goes on, so the sides are the step's"
+    assert set.union(*before.values()) == {old, "relay@7"}
+    assert after == before
+    lost = [len(client.failures) for client in crowd]
+    until(lambda: last(relay).over, "the end")
+    assert [e.what for e in last(relay).entries if e.what != "held"] == [
+        "started", "advanced", "promoting", "promoted",
+    ]  # fmt: skip
+    assert library(relay).aliases(NAME)["champion"] == 7
+    assert [len(client.failures) for client in crowd] == lost
+
+
 def test_RC06_a_replica_that_dies_in_the_middle_ends_it(
     relay: Rig, crowd: list[People], tmp_path: Path
 ) -> None:
+    champion = library(relay).aliases(NAME)["champion"]
     assert start(relay, tmp_path, 4, steps(20, for_s=600, requests=0)) == 0
     until(lambda: last(relay).moved.what == "advanced", "the first step")
-    apps = relay.cluster.json("GET", "/api/serve/applications/")["applications"]
-    replicas = apps[f"model-{NAME}"]["deployments"]["Replica"]["replicas"]
-    os.kill(replicas[0]["pid"], signal.SIGKILL)
+    os.kill(processes(relay, model_app(NAME))[0], signal.SIGKILL)
     until(lambda: last(relay).over, "the end")
     done = last(relay)
     assert done.entries[-1].what == "rolled_back"
     assert "died while relay@4 answered 20 %" in done.entries[-1].why
-    assert library(relay).aliases(NAME)["champion"] == 3
+    assert library(relay).aliases(NAME)["champion"] == champion
     told = json.loads(relay.run("release", "status", NAME, "--json").stdout)
     assert told["releases"][0]["entries"][-1]["what"] == "rolled_back"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +68,24 @@ def test_faults_come_at_the_token_that_was_named() -> None:
         await settled(hanging, idle)
         with pytest.raises(EngineError):
             await (await started(hang_at_token=1)).check_health()
+
+    asyncio.run(run())
+
+
+def test_a_version_may_bring_faults_of_its_own(tmp_path: Path) -> None:
+    async def run() -> None:
+        engine = await started()
+        (tmp_path / "fake.json").write_text('{"fail_at_token": 2}')
+        await engine.load("m@3", str(tmp_path))
+        ends = {}
+        for version in ("m@1", "m@3"):
+            ends[version] = [c async for c in engine.generate(ask(max_tokens=4), version)][
+                -1
+            ].finish
+        assert ends == {"m@1": "length", "m@3": "error"}
+        (tmp_path / "fake.json").write_text('{"fail_at": 2}')
+        with pytest.raises(EngineError, match=r"(?s)fake.json: .*fail_at"):
+            await engine.load("m@4", str(tmp_path))
 
     asyncio.run(run())
 
