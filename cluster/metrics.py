@@ -163,6 +163,14 @@ WAITING = _gauge("num_requests_waiting", "Requests that wait for the engine.")
 CACHE_USAGE = _gauge("kv_cache_usage_perc", "Share of the KV cache in use; 1 is all of it.")
 VERSION_ACTIVE = _gauge("version_active", "1 for the version that answers, 0 for one that did.")
 
+OF_MODEL = ("model_name",)
+MODEL_ASLEEP = _gauge("model_asleep", "1 where a replica's memory is free, else 0.", OF_MODEL)
+MODEL_MEMORY = _gauge(
+    "model_memory_bytes", "Resident memory of a replica's ranks; 0 of those that sleep.", OF_MODEL
+)
+WAKEUPS = _counter("model_wakeups", "Times that a replica has come back into memory.", OF_MODEL)
+WAKEUP_SECONDS = _counter("model_wakeup_seconds", "Seconds that this took.", OF_MODEL)
+
 REPLICA = (
     *(REQUEST_SUCCESS, REQUEST_FAILURE, PROMPT_TOKENS, GENERATION_TOKENS),
     *(TIME_TO_FIRST_TOKEN.spread, TIME_TO_FIRST_TOKEN.seconds, TIME_TO_FIRST_TOKEN.count),
@@ -170,6 +178,7 @@ REPLICA = (
     *(E2E.spread, E2E.seconds),
     *(QUEUE.spread, QUEUE.seconds, CACHED_TOKENS),
     *(RUNNING, WAITING, CACHE_USAGE, VERSION_ACTIVE),
+    *(MODEL_ASLEEP, MODEL_MEMORY, WAKEUPS, WAKEUP_SECONDS),
 )
 
 # --- the gateway -------------------------------------------------------------------------------

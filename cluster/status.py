@@ -10,6 +10,7 @@ from typing import Any
 from cluster import console
 from cluster.errors import ClusterError
 from cluster.resources import Node
+from cluster.served import in_memory
 from cluster.session import Cluster
 
 GIB = 1 << 30
@@ -139,6 +140,7 @@ def models(library: Path) -> list[dict[str, Any]]:
 
 def collect(cluster: Cluster) -> dict[str, Any]:
     """Return everything that ``status`` shows, as one value."""
+    apps = applications(cluster)
     return {
         "dashboard": cluster.dashboard,
         "endpoint": f"{cluster.serve_url}/v1",
@@ -148,7 +150,8 @@ def collect(cluster: Cluster) -> dict[str, Any]:
         "nodes": [asdict(node) for node in nodes(cluster)],
         "memory": memory(cluster),
         "jobs": jobs(cluster),
-        "applications": applications(cluster),
+        "applications": apps,
+        "in_memory": in_memory(cluster) if apps else None,
         "models": models(cluster.home / "library"),
     }
 
@@ -180,6 +183,8 @@ def show(value: dict[str, Any]) -> None:
     for app in value["applications"]:
         if app["message"] and app["status"] not in {"RUNNING"}:
             console.out(f"  {app['name']}: {app['message'].strip()[-500:]}")
+    if value["in_memory"]:
+        show_memory(value["in_memory"])
     console.table(
         "jobs",
         ("id", "status", "entrypoint"),
@@ -199,6 +204,18 @@ def show(value: dict[str, Any]) -> None:
     )
 
 
+def show_memory(held: dict[str, Any]) -> None:
+    """Print what :func:`cluster.served.in_memory` returned."""
+    rows = [
+        (m["name"], "asleep" if m["asleep"] else "in memory", _gb(m["memory_bytes"]))
+        for m in held["models"]
+    ]
+    console.table("deployed models", ("name", "state", "takes awake"), rows)
+    if held["budget_bytes"] is not None:
+        told = f"{_gb(held['used_bytes'])} of {_gb(held['budget_bytes'])}"
+        console.out(f"  in memory: {told} that models may take of a node (models_memory_gb)")
+
+
 def _load(cluster: Cluster) -> dict[str, Any]:
     data = cluster.json("GET", "/api/cluster_status")["data"] or {}
     report = (data.get("clusterStatus") or {}).get("loadMetricsReport")
@@ -207,3 +224,7 @@ def _load(cluster: Cluster) -> dict[str, Any]:
 
 def _gib(used: float | None, total: float | None) -> str | None:
     return f"{used / GIB:.1f} of {total / GIB:.1f} GiB" if total and used is not None else None
+
+
+def _gb(size: int | None) -> str | None:
+    return None if size is None else f"{size / 1e9:.2f} GB"

@@ -14,6 +14,7 @@ from serve_apps.adapter_policy import adapters_of
 from serve_apps.deployed import Deployed, asleep
 from serve_apps.release_policy import Canary, Served
 from serve_apps.rollout import bytes_of
+from serve_apps.sleep_policy import most_on_a_node
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Catalogue:
                 created=self._created(active[-1]) if active else 0,
                 canary=self._canary(name),
                 asleep=asleep(reports),
+                memory_bytes=most_on_a_node(reports),
             )
         return self._adapters(served) | served  # a deployed model goes before an adapter
 

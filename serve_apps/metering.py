@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from cluster import metrics
 from cluster.errors import RequestError, RoundhouseError
@@ -20,6 +21,16 @@ PERIOD_S = 2.0
 BUSY = frozenset({429, 503})
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """How a replica and its memory are; ``wakes`` and ``waking_s`` since it began."""
+
+    asleep: bool
+    memory_bytes: int
+    wakes: int
+    waking_s: float
 
 
 class ReplicaMeter:
@@ -39,6 +50,7 @@ class ReplicaMeter:
         self._active: str | None = None
         self._shown: set[str] = set()
         self._calls: set[CallMeter] = set()
+        self._rest = Rest(False, 0, 0, 0.0)
 
     def labels(self, version: str | None) -> dict[str, str]:
         """Return the labels of a version, by default the one that answers."""
@@ -74,15 +86,29 @@ class ReplicaMeter:
         self._shown.add(labels["model_version"])
         self.flush()
 
+    def rests(self, rest: Rest) -> None:
+        """Show whether the model is in memory, and count how often it has come back."""
+        before, self._rest, name = self._rest, rest, self._model
+        self.meter.set(metrics.MODEL_ASLEEP, float(rest.asleep), model_name=name)
+        self.meter.set(metrics.MODEL_MEMORY, rest.memory_bytes, model_name=name)
+        self.tally.add(metrics.WAKEUPS, rest.wakes - before.wakes, model_name=name)
+        self.tally.add(metrics.WAKEUP_SECONDS, rest.waking_s - before.waking_s, model_name=name)
+        if rest.asleep:  # there is no engine to say so
+            for version in self._shown:
+                self._show(0, 0, 0.0, 0, self.labels(None) | {"model_version": version})
+
     def flush(self) -> None:
         """Pass on what every call has counted so far."""
         for watch in self._calls:
             watch.drain()
         self.tally.flush()
 
-    async def run(self, stats: Callable[[], Awaitable[EngineStats]]) -> None:
+    async def run(
+        self, stats: Callable[[], Awaitable[EngineStats]], rest: Callable[[], Rest]
+    ) -> None:
         """Look every ``PERIOD_S``, until cancelled. An engine that does not answer is no news."""
         while True:
+            self.rests(rest())
             try:
                 self.look(await stats())
             except RoundhouseError as error:  # the health check tells it, and acts

@@ -104,6 +104,9 @@ class Served:
     canary: Canary | None = None
     asleep: bool = False
     """Not in memory: the first request wakes it."""
+    memory_bytes: int | None = field(default=None, compare=False)
+    """What its replicas take while it is awake, of the node where they take most; ``None``: not
+    known yet. It changes all the time, so it is no news by itself."""
 
     @property
     def model(self) -> str:

@@ -21,8 +21,9 @@ from serve_apps.answers import CallReader, Reading, answer, merge
 from serve_apps.calls import Call, Event, Refusal
 from serve_apps.config import ModelConfig
 from serve_apps.engine.interface import Engine, EngineInfo, Stream
-from serve_apps.metering import ReplicaMeter
+from serve_apps.metering import ReplicaMeter, Rest
 from serve_apps.prepare import Plan, prepare
+from serve_apps.room import resident_bytes
 from serve_apps.sampling import answered
 from serve_apps.scores import Scorer
 from serve_apps.shelf import Shelf
@@ -73,8 +74,12 @@ class Replica:
         await self._versions.start()
         await self._adapters.start()
         if self._meter:
-            self._measuring = asyncio.create_task(self._meter.run(self._engine.stats))
+            self._measuring = asyncio.create_task(self._meter.run(self._engine.stats, self._rest))
         return self._engine.info
+
+    def _rest(self) -> Rest:
+        sleeper, pids = self._versions.sleeper, getattr(self._engine, "rank_pids", ())
+        return Rest(sleeper.asleep, resident_bytes(pids), sleeper.wakes, sleeper.waking_s)
 
     async def generate(self, call: Call) -> AsyncGenerator[Event | Refusal, None]:
         """Answer a call; the first event comes with the first token. Closing it aborts.

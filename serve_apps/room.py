@@ -1,8 +1,10 @@
-"""Whether one more version fits into a node's memory, asked before it is loaded."""
+"""What models take of a node's memory, and whether one more version fits."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 from cluster.errors import NotEnough
@@ -18,6 +20,17 @@ _CGROUP = Path("/sys/fs/cgroup")
 def node() -> str:
     """Return what tells this machine from others."""
     return socket.gethostname()
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Return the memory that processes take; what has ended takes none."""
+    import psutil
+
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            total += int(psutil.Process(pid).memory_info().rss) if pid else 0
+    return total
 
 
 def free_bytes(root: Path = _CGROUP) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from serve_apps.release_policy import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,15 @@ def _wake(
         waits[model.name] = f"{model.name} waits until {', '.join(sorted(going))} has left"
     else:
         asleep.discard(model.name)
+
+
+def most_on_a_node(reports: Iterable[Report]) -> int | None:
+    """Return what replicas take of the node where they take most; ``None``: nobody knows."""
+    taken: dict[str, int] = {}
+    for report in reports:
+        if report.need_bytes is not None:
+            taken[report.node] = taken.get(report.node, 0) + report.need_bytes
+    return max(taken.values(), default=None)
 
 
 def _gb(size: int) -> str:

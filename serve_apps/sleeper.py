@@ -41,6 +41,8 @@ class Sleeper:
         self._took_s, self._began = FIRST_WAKE_S, clock()
         self._asking: asyncio.Task[None] | None = None
         self._waiting, self._why = 0, ""
+        self.wakes, self.waking_s = 0, 0.0
+        """Times that it has come back, and the seconds that this took."""
 
     @property
     def asleep(self) -> bool:
@@ -90,6 +92,8 @@ class Sleeper:
         if not self._door.is_set():
             self._took_s, self._idle_since = self._clock() - self._began, self._clock()
             self._door.set()
+            self.wakes += 1
+            self.waking_s += self._took_s
             log.info("%s is awake after %.1f s", self._name, self._took_s)
 
     async def _wait(self) -> None:

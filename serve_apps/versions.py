@@ -241,13 +241,7 @@ class Versions:
 
     def _measure(self) -> int | None:
         """Return the bytes of memory that the ranks take, where there are processes to ask."""
-        import psutil
-
-        total = 0
-        for pid in getattr(self._engine, "rank_pids", ()):
-            with contextlib.suppress(psutil.Error):
-                total += int(psutil.Process(pid).memory_info().rss) if pid else 0
-        return total or self._need
+        return room.resident_bytes(getattr(self._engine, "rank_pids", ())) or self._need
 
     async def _ask_to_wake(self) -> str:
         return "" if self._board is None else await self._board.wake(self._config.name)

@@ -20,6 +20,7 @@ FAILED = rate(metrics.HTTP_REQUESTS, where='code="5xx"')
 HTTP = rate(metrics.HTTP_REQUESTS, where="")
 GENERATE = 'route=~"/v1/(chat/)?completions"'
 MODEL = "{{model_name}}"
+AWAY = gauge(metrics.MODEL_ASLEEP, how="min")
 VERSION = "{{model_name}}@{{model_version}}"
 BY_VERSION = "model_name, model_version"
 
@@ -138,6 +139,35 @@ QUEUE = Row(
     ),
 )
 
+MEMORY = Row(
+    "Memory of models",
+    (
+        Panel(
+            "Models",
+            (
+                Query(f"count({AWAY} == 0) or vector(0)", "in memory"),
+                Query(f"count({AWAY} == 1) or vector(0)", "asleep"),
+            ),
+            told="A model is in memory as long as one of its replicas is.",
+        ),
+        curve(
+            "Memory of the ranks",
+            gauge(metrics.MODEL_MEMORY),
+            MODEL,
+            "bytes",
+            "Resident, of all ranks; 0 of a model that sleeps.",
+        ),
+        curve("Wake-ups a minute", or_zero(f"60 * {rate(metrics.WAKEUPS)}"), "wake-ups"),
+        curve(
+            "Seconds a wake-up",
+            or_zero(f"({rate(metrics.WAKEUP_SECONDS)} > 0) / {rate(metrics.WAKEUPS)}"),
+            "mean",
+            "s",
+            "0 while none wakes.",
+        ),
+    ),
+)
+
 TRAINING = Row(
     "Training",
     (
@@ -215,4 +245,4 @@ CLUSTER = Row(
     ),
 )
 
-ROWS = (OVERVIEW, LATENCY, TOKENS, QUEUE, TRAINING, CLUSTER)
+ROWS = (OVERVIEW, LATENCY, TOKENS, QUEUE, MEMORY, TRAINING, CLUSTER)

@@ -214,6 +214,7 @@ def _model(served: Served, name: str, version: str | None = None) -> dict[str, A
         "root": root,
         "live": list(served.live),
         "asleep": served.asleep,
+        "memory_bytes": served.memory_bytes,
     } | ({"parent": served.bases.get(root or "")} if served.app else {})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import requests
 from cluster.keys import KeyStore
 from cluster.library.manifest import Facts
 from cluster.library.store import Library
+from tests.parity.adapter_fixtures import save_adapter
 from tests.parity.engine_fixtures import save_tiny
 from tests.ray.cluster_fixtures import Rig
 from tests.unit.text_fixtures import write_tokenizer
@@ -23,6 +25,7 @@ models:
   - model: nap-a
     num_cpus: 0.25
     wake_s: 60
+    adapters: [nap-lora]
     engine: &tiny {device: cpu, dtype: float32, max_model_len: 128, threads: 1}
   - model: nap-b
     num_cpus: 0.25
@@ -40,6 +43,9 @@ def nap(cluster: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]
     write_tokenizer(place / "model")
     for name in ("nap-a", "nap-b"):
         Library(cluster.home / "library").publish(name, place / "model", Facts())
+    lora = save_adapter(place / "model", place / "lora", seed=3, size=2.0)
+    facts = Facts(kind="adapter", base="nap-a@1")
+    Library(cluster.home / "library").publish("nap-lora", lora, facts)
     (place / "serve.yaml").write_text(CONFIG)
     cluster.run("deploy", str(place / "serve.yaml"), "--timeout", "170", timeout_s=200)
     yield cluster
@@ -60,7 +66,7 @@ def ranks(rig: Rig) -> list[int]:
 
 def asleep(rig: Rig) -> dict[str, bool]:
     told = call(rig, "GET", "/v1/models").json()["data"]
-    return {one["id"]: one["asleep"] for one in told if one["id"].startswith("nap")}
+    return {one["id"]: one["asleep"] for one in told if one["id"] in ("nap-a", "nap-b")}
 
 
 def call(
@@ -89,6 +95,11 @@ def test_RC12_of_two_models_with_memory_for_one_the_one_that_is_asked_for_is_the
     assert ask(nap, "nap-a").json()["system_fingerprint"] == "nap-a@1"
     until(nap, {"nap-a": False, "nap-b": True})
     assert sum(ranks(nap)) < 0.6e9
+    held = json.loads(nap.run("status", "--json").stdout)["in_memory"]
+    takes = {m["name"]: m["memory_bytes"] for m in held["models"] if not m["asleep"]}
+    assert held["budget_bytes"] == 600_000_000
+    assert takes == {"nap-a": held["used_bytes"]}
+    assert held["used_bytes"] == pytest.approx(sum(ranks(nap)), rel=0.1)
     # nap-b waits half a second at most, which is too short; but it comes, and nap-a goes
     early = ask(nap, "nap-b")
     assert (early.status_code, early.json()["error"]["code"]) == (503, "model_asleep")
@@ -121,3 +132,18 @@ def test_load_and_unload_by_the_command_line_and_by_an_admin_key(nap: Rig) -> No
     until(nap, {"nap-a": True, "nap-b": True})
     assert call(nap, "POST", "/admin/models/nap-a/load", key=admin).status_code == 202
     until(nap, {"nap-a": False, "nap-b": True})
+
+
+def test_RC12_a_model_comes_back_with_its_adapters(nap: Rig) -> None:
+    def said(name: str) -> tuple[str, str]:
+        told = ask(nap, name).json()
+        return told["system_fingerprint"], told["choices"][0]["text"]
+
+    base, adapted = said("nap-a"), said("nap-lora")
+    assert (base[0], adapted[0]) == ("nap-a@1", "nap-lora@1")
+    assert adapted[1] != base[1]
+    for first in ("nap-lora", "nap-a"):  # whoever asks first wakes both
+        nap.run("unload", "nap-a", "--timeout", "60")
+        until(nap, {"nap-a": True, "nap-b": True})
+        answers = {first: said(first)} | {"nap-a": said("nap-a"), "nap-lora": said("nap-lora")}
+        assert answers == {"nap-a": base, "nap-lora": adapted}

@@ -93,7 +93,8 @@ def test_the_dashboard_is_one_that_grafana_takes() -> None:
     titles = [panel["title"] for panel in board["panels"]]
     assert len(set(titles)) == len(titles)
     assert [row.title for row in ROWS] == [
-        *("Overview", "Latency", "Tokens", "Queue and cache", "Training", "Cluster")
+        *("Overview", "Latency", "Tokens", "Queue and cache", "Memory of models"),
+        *("Training", "Cluster"),
     ]
 
 

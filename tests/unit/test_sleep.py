@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from cluster import metrics
 from cluster.errors import RequestError
 from cluster.library.manifest import Facts
 from cluster.library.store import Library
-from serve_apps import room
+from cluster.metrics import Metric
+from serve_apps import metering, room
 from serve_apps.calls import Call, Event, Refusal
 from serve_apps.config import Fake, ModelConfig
 from serve_apps.engine.fake import FakeEngine
@@ -20,7 +22,8 @@ from serve_apps.release_policy import Report
 from serve_apps.releases import Releases
 from serve_apps.replica import Replica
 from serve_apps.sleep_keeper import LOAD_S, WANTED_S, Known, SleepKeeper
-from serve_apps.sleep_policy import Tenant, decide
+from serve_apps.sleep_policy import Tenant, decide, most_on_a_node
+from tests.unit.metrics_fixtures import MemoryMeter
 from tests.unit.serving_fixtures import write_model
 
 GB = 10**9
@@ -116,12 +119,18 @@ def test_only_what_shares_a_node_leaves() -> None:
     assert decide([asked, far, tenant("near", 1.0)], GB).asleep == {"asked", "near"}
 
 
-async def replica_of(releases: Releases, library: Library, wake_s: float, **more: float) -> Replica:
+async def replica_of(
+    releases: Releases,
+    library: Library,
+    wake_s: float,
+    meter: MemoryMeter | None = None,
+    **more: float,
+) -> Replica:
     config = ModelConfig(
         model="tiny", engine=Fake(kind="fake", token_delay_s=0.02), wake_s=wake_s, **more
     )  # type: ignore[arg-type]
     engine = Restartable(lambda: FakeEngine(config.engine))  # type: ignore[arg-type]
-    replica = Replica(config, engine, library, releases, "r1")
+    replica = Replica(config, engine, library, releases, "r1", meter)
     await replica.start()
     return replica
 
@@ -129,6 +138,12 @@ async def replica_of(releases: Releases, library: Library, wake_s: float, **more
 async def answer(replica: Replica, number: int = 0) -> list[Event | Refusal]:
     call = Call(f"c{number}", max_tokens=4, clip=False, prompts=("hello",))
     return [event async for event in replica.generate(call)]
+
+
+async def measured(meter: MemoryMeter, metric: Metric, value: float) -> None:
+    async with asyncio.timeout(10):
+        while meter.get(metric, model_name="tiny") != [value]:
+            await asyncio.sleep(0.02)
 
 
 async def until(releases: Releases, asleep: bool) -> None:
@@ -190,3 +205,46 @@ async def test_who_waits_too_long_is_told_when_to_come_back_and_what_it_waits_fo
     assert "1.5 s (wake_s)" in str(error)
     assert "in use: big 2.00 GB" in str(error)
     await replica.stop()
+
+
+@pytest.mark.anyio
+async def test_who_sleeps_and_what_waking_took_is_counted(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metering, "PERIOD_S", 0.01)
+    releases, meter = Releases(library), MemoryMeter()
+    replica = await replica_of(releases, library, 10, meter)
+    await measured(meter, metrics.MODEL_ASLEEP, 0)
+    await measured(meter, metrics.VERSION_ACTIVE, 1)
+    for times in (1, 2):
+        await releases.unload("tiny")
+        await measured(meter, metrics.MODEL_ASLEEP, 1)
+        await measured(meter, metrics.VERSION_ACTIVE, 0)
+        await answer(replica)
+        await measured(meter, metrics.MODEL_ASLEEP, 0)
+        assert meter.get(metrics.WAKEUPS) == times
+    sleeper = replica._versions.sleeper
+    assert sleeper.wakes == 2
+    assert meter.get(metrics.WAKEUP_SECONDS) == pytest.approx(sleeper.waking_s)
+    assert 0 < sleeper.waking_s < 10
+    await replica.stop()
+
+
+def test_what_a_model_takes_is_told_of_the_node_where_it_takes_most() -> None:
+    one = Report("m@1", ("m@1",), node="a", need_bytes=3)
+    other = Report("m@1", ("m@1",), node="b", need_bytes=4)
+    assert most_on_a_node([one, one, other]) == 6
+    assert most_on_a_node([replace(one, need_bytes=None)]) is None
+
+
+@pytest.mark.anyio
+async def test_who_follows_learns_what_models_take_and_is_not_woken_by_it(
+    library: Library,
+) -> None:
+    releases = Releases(library)
+    report = Report("tiny@1", ("tiny@1",), node="n", need_bytes=5)
+    await releases.report("tiny", "champion", "r1", report)
+    first = await releases.snapshot()
+    assert first.served["tiny"].memory_bytes == 5
+    await releases.report("tiny", "champion", "r1", replace(report, need_bytes=6))
+    assert (await releases.snapshot()) == first, "no other order of things"
