@@ -19,6 +19,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")]
 
 
+def who(verb: str) -> str:
+    """Return what a record says of whoever runs a verb: the user and the verb."""
+    user = os.environ.get("USER") or os.environ.get("LOGNAME")
+    return f"{user} ({verb})" if user else verb
+
+
 def complete_name(incomplete: str) -> list[str]:
     """Return the library's model names."""
     return [name for name in _listed(library_dir() / "models") if name.startswith(incomplete)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster import console
-from cluster.options import AsJson, DryRun, Name, complete_ref, complete_version
+from cluster.options import AsJson, DryRun, Name, complete_ref, complete_version, who
 from serve_apps.release_cli import release_app
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def chat(
 def _move(
     move: Move,
     expected: int | None,
-    by: str,
+    verb: str,
     timeout: float,
     dry_run: bool,
     pace: str = "all",
@@ -227,7 +227,7 @@ def _move(
         console.out(f"would move {step}")
     else:
         console.out(step)
-        live = carry_out(move, expected, timeout, by, Library(), console.out, pace, update)
+        live = carry_out(move, expected, timeout, who(verb), Library(), console.out, pace, update)
         if live:
             console.out(f"{move.name}@{move.to} answers")
     console.result(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import yaml
 
 from cluster.library.manifest import Facts
@@ -18,6 +21,11 @@ from tests.unit.text_fixtures import write_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 NAME = "train-tiny"
+SERVE = """
+models:
+  - model: train-tiny
+    engine: {kind: fake}
+"""
 
 
 @pytest.fixture
@@ -91,6 +99,63 @@ def test_train_publishes_the_next_version_with_its_lineage(cluster: Rig, config:
     assert lineage.code_revision
     assert version.manifest.licence == "apache-2.0"
     assert version.manifest.metrics["heldout_loss_after"] == result["heldout_loss_after"]
+
+
+@pytest.fixture
+def answering(cluster: Rig, config: Path) -> Iterator[Path]:
+    """The base of what a run has made, deployed; yields the folder with its data."""
+    library = Library(cluster.home / "library")
+    if len(library.versions(NAME)) < 2:
+        cluster.run("train", str(config), timeout_s=180)
+    library.move_alias(NAME, "champion", 1, None, "test")
+    serve = config.parent / "serve.yaml"
+    serve.write_text(SERVE)
+    cluster.run("deploy", str(serve), "--timeout", "170", timeout_s=200)
+    yield config.parent
+    cluster.run("undeploy", NAME, check=False)
+
+
+def test_RC07_an_answer_leads_to_all_that_made_it_and_its_data_back_to_it(
+    cluster: Rig, answering: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = answering / "heldout.jsonl"
+    monkeypatch.setitem(cluster.env, "USER", "ann")
+    cluster.run("promote", f"{NAME}@2")
+    cluster.run("eval", f"{NAME}@2", "--data", str(data), "--local", "1", timeout_s=180)
+    asked = {"model": NAME, "prompt": [5, 6, 7], "max_tokens": 2}
+    answer = requests.post(
+        f"{cluster.cluster.serve_url}/v1/completions",
+        json=asked,
+        headers={"Authorization": f"Bearer {cluster.api_key}"},
+        timeout=60,
+    ).json()
+    told = json.loads(cluster.run("lineage", answer["system_fingerprint"], "--json").stdout)
+    record = json.loads((cluster.home / "runs" / told["run"] / "result.json").read_text())
+    assert told["ref"] == record["published"] == f"{NAME}@2"
+    assert told["config_hash"]
+    hashes = {
+        name: hashlib.sha256((answering / name).read_bytes()).hexdigest()
+        for name in ("train.jsonl", "heldout.jsonl")
+    }
+    assert told["data"] == hashes
+    assert told["made_with"]["base"]["ref"] == f"{NAME}@1"
+    [judged] = told["evaluations"]
+    assert (judged["ref"], judged["data"]) == (f"{NAME}@2", {data.name: hashes[data.name]})
+    [promoted] = told["promoted"]
+    assert (promoted["alias"], promoted["before"], promoted["by"]) == (
+        "champion",
+        1,
+        "ann (promote)",
+    )
+    back = json.loads(cluster.run("lineage", "--data", hashes["train.jsonl"], "--json").stdout)
+    assert (f"{NAME}@2", "trained on", True) in [
+        (one["ref"], one["how"], one["there"]) for one in back["versions"]
+    ]
+    for needed, why in ((1, f"{NAME}@2 (base)"), (2, "@champion")):
+        refused = cluster.run("models", "rm", f"{NAME}@{needed}", "--yes", check=False)
+        assert refused.returncode == 1
+        assert why in refused.stderr
+    assert [v.number for v in Library(cluster.home / "library").versions(NAME)][:2] == [1, 2]
 
 
 def test_a_bad_row_is_told_before_anything_is_submitted(cluster: Rig, config: Path) -> None:
