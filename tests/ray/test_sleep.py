@@ -89,6 +89,17 @@ def until(rig: Rig, state: dict[str, bool], seconds: float = 60.0) -> None:
         time.sleep(0.3)
 
 
+def counted(rig: Rig, name: str) -> float:
+    """Return a metric of nap-a, as the gateway has it from Ray's pipeline."""
+    rows = call(rig, "GET", "/metrics").text.splitlines()
+    wanted = f"ray_roundhouse_{name}{{"
+    return sum(
+        float(row.rpartition(" ")[2])
+        for row in rows
+        if row.startswith(wanted) and 'model_name="nap-a"' in row
+    )
+
+
 def test_RC12_of_two_models_with_memory_for_one_the_one_that_is_asked_for_is_there(
     nap: Rig,
 ) -> None:
@@ -147,3 +158,9 @@ def test_RC12_a_model_comes_back_with_its_adapters(nap: Rig) -> None:
         until(nap, {"nap-a": True, "nap-b": True})
         answers = {first: said(first)} | {"nap-a": said("nap-a"), "nap-lora": said("nap-lora")}
         assert answers == {"nap-a": base, "nap-lora": adapted}
+    end = time.monotonic() + 60
+    while counted(nap, "model_wakeups_total") < 2:  # seen a dozen seconds later
+        assert time.monotonic() < end, call(nap, "GET", "/metrics").text
+        time.sleep(1)
+    assert 0 < counted(nap, "model_wakeup_seconds_total") < 240
+    assert counted(nap, "model_memory_bytes") > 1e8
