@@ -12,10 +12,11 @@ TIMEOUT_S = 5.0
 
 
 def in_memory(cluster: Cluster) -> dict[str, Any] | None:
-    """Return ``models`` (``name asleep memory_bytes``), ``used_bytes`` and ``budget_bytes``.
+    """Return ``models`` (``name asleep memory_bytes failed``), ``used_bytes``, ``budget_bytes``.
 
     Bytes are those of one node, of each model where it takes most; ``memory_bytes`` is what a
-    model takes while it is awake. ``None`` where no gateway answers.
+    model takes while it is awake, ``failed`` what it could not load, and why. ``None`` where no
+    gateway answers.
     """
     listed = _models(cluster)
     if listed is None:
@@ -25,6 +26,7 @@ def in_memory(cluster: Cluster) -> dict[str, Any] | None:
             "name": str(one["root"] or one["id"]).partition("@")[0],
             "asleep": bool(one["asleep"]),
             "memory_bytes": one.get("memory_bytes"),
+            "failed": dict(one.get("failed") or {}),
         }
         for one in sorted(listed, key=lambda one: str(one["id"]))
         if "parent" not in one  # adapters live in their base's memory

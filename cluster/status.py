@@ -211,6 +211,9 @@ def show_memory(held: dict[str, Any]) -> None:
         for m in held["models"]
     ]
     console.table("deployed models", ("name", "state", "takes awake"), rows)
+    for model in held["models"]:
+        for ref, why in model["failed"].items():
+            console.out(f"  {model['name']}: {ref} could not be loaded: {why}")
     if held["budget_bytes"] is not None:
         told = f"{_gb(held['used_bytes'])} of {_gb(held['budget_bytes'])}"
         console.out(f"  in memory: {told} that models may take of a node (models_memory_gb)")

@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from cluster.library.ref import CHAMPION, NEWEST, Ref
-from serve_apps.release_policy import Decision, GiveUp, Go, Report, Served, Wait
+from serve_apps.release_policy import (
+    Decision,
+    GiveUp,
+    Go,
+    Report,
+    Served,
+    Wait,
+    told_to_all,
+)
 
 Alias = Callable[[str], tuple[str, str] | None]
 """What the library says of an adapter's name: the version that answers, and its base."""
@@ -46,7 +54,7 @@ def adapters_of(model: str, reports: Iterable[Report], alias: Alias) -> list[Ser
                 tuple(sorted(own, key=_place)),
                 app=model,
                 bases=own,
-                refused={ref: why for ref, why in failed.items() if _name(ref) == name},
+                failed={ref: told_to_all(why) for ref, why in failed.items() if _name(ref) == name},
             )
         )
     return made

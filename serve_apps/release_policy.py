@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ WATCH_S = 5.0
 """A follower asks again at least this often; so a dead one is noticed."""
 LIVE_S = 3 * WATCH_S
 """A replica that has not asked for this long is gone."""
+FOLDERS = re.compile(r"(?:/[\w.@+-]+)+/")
+MAX_REASON_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +102,9 @@ class Served:
     """Of an adapter, the deployed model that answers for it."""
     bases: Mapping[str, str] = field(default_factory=dict)
     """Of an adapter's versions, what each adds to."""
-    refused: Mapping[str, str] = field(default_factory=dict)
-    """Of an adapter's versions those that a replica does not answer with, and why."""
     canary: Canary | None = None
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Versions, and adapters, that some replica could not load, and why (see `told_to_all`)."""
     asleep: bool = False
     """Not in memory: the first request wakes it."""
     memory_bytes: int | None = field(default=None, compare=False)
@@ -175,6 +178,11 @@ def _all(doing: str, target: str, replicas: Mapping[str, Report], there: set[str
     return Go()
 
 
+def told_to_all(why: str) -> str:
+    """Return a reason without where files lie: clients read it."""
+    return FOLDERS.sub("", why)[:MAX_REASON_CHARS]
+
+
 def served_id(served: Served) -> str:
     """Return the text that clients use as ``model``."""
     return served.name if served.alias == CHAMPION else f"{served.name}@{served.alias}"
@@ -204,9 +212,9 @@ def resolve(model: str, served: Mapping[str, Served]) -> tuple[Served, str | Non
     version = str(ref) if ref.live else f"{ref.name}@{number}"
     if version not in found.live:
         live = ", ".join(found.live) or "none"
-        why = found.refused.get(version, "it is not live")
+        why = found.failed.get(version, "it is not live")
         raise RequestError(
-            f"{model:.80}: {why:.300}; versions of {ref.name} that are: {live}. Put another one "
+            f"{model:.80}: {why}; versions of {ref.name} that are: {live}. Put another one "
             "live with `roundhouse promote`",
             404,
             "model_not_found",

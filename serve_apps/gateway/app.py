@@ -215,6 +215,7 @@ def _model(served: Served, name: str, version: str | None = None) -> dict[str, A
         "live": list(served.live),
         "asleep": served.asleep,
         "memory_bytes": served.memory_bytes,
+        "failed": dict(sorted(served.failed.items())),
     } | ({"parent": served.bases.get(root or "")} if served.app else {})
 
 

@@ -52,12 +52,27 @@ if ref.startswith("-"):
     client.withdraw(ref[1:])
 else:
     tensors = load_file(next(folder.glob("*.safetensors"))).items()
-    if len(sys.argv) > 3:  # killed in the middle
+    plan = None
+    if sys.argv[3:] == ["and lie"]:  # one number of the second rank's part changes after its hash
+        import numpy
+        victim, true, seen = "model.layers.0.mlp.down_proj.weight", client.hash_of, []
+        plan = {victim: (1, 2)}
+        mine = [a for a in client.cut(client.array_of(dict(tensors)[victim]), 1, 2)][1]
+        wrong = true(mine)
+        def lie(array):
+            told = true(array)
+            if told == wrong:
+                array.reshape(-1)[7] += 1.0
+                seen.append(told)
+            return told
+        client.hash_of = lie
+    elif len(sys.argv) > 3:  # killed in the middle
         import os
         writer, some = client.Writer(), list(tensors)[:2]
         writer.ship("torn", some)
         os.kill(os.getpid(), 9)
-    client.publish(ref, small_files(folder), tensors, "pair@1")
+    client.publish(ref, small_files(folder), tensors, "pair@1", plan)
+    assert plan is None or len(seen) == 1
 """
 LORA = "pair@run.lora.1"
 """Adds to pair@1: a run's matrices without the weights below them."""
@@ -132,7 +147,7 @@ def put(rig: Rig, ref: str, folder: Path, *more: str) -> int:
         [sys.executable, "-c", PUT, ref, str(folder), *more],
         cwd=ROOT, env=rig.env, timeout=120, capture_output=True, text=True,
     )  # fmt: skip
-    assert ran.returncode == (-9 if more else 0), ran.stderr
+    assert ran.returncode == (-9 if "and die" in more else 0), ran.stderr
     return ran.returncode
 
 
@@ -151,7 +166,7 @@ class Client(threading.Thread):
 
     def __init__(self, rig: Rig, at: int, model: str = NAME) -> None:
         super().__init__(daemon=True)
-        self._rig, self._at, self._end = rig, at, threading.Event()
+        self._rig, self.at, self._end = rig, at, threading.Event()
         self._model = model
         self.said: list[tuple[str | None, str]] = []
         self.failures: list[str] = []
@@ -159,7 +174,7 @@ class Client(threading.Thread):
     def run(self) -> None:
         while not self._end.is_set():
             try:
-                self.said.append(ask(self._rig, self._at, self._model))
+                self.said.append(ask(self._rig, self.at, self._model))
             except Exception as error:
                 self.failures.append(repr(error))
             time.sleep(0.1)  # two cores also hold the trainer, four ranks and the proxy
@@ -221,6 +236,41 @@ def test_RC04_what_is_withdrawn_stops_answering_and_the_one_before_answers_again
         put(pair, ref, folders["pair@1"])
     until_all(pair, "pair@1")
     assert ask(pair, 0) == ("pair@1", expected["pair@1"][0])
+
+
+def failures(rig: Rig) -> dict[str, str]:
+    told = json.loads(rig.run("status", "--json").stdout)["in_memory"]["models"]
+    found: dict[str, str] = next(one["failed"] for one in told if one["name"] == NAME)
+    return found
+
+
+def test_RC02_a_shard_that_is_not_what_its_hash_says_is_taken_by_no_rank(
+    pair: Rig, folders: dict[str, Path], expected: dict[str, list[str]]
+) -> None:
+    bad, good = "pair@run.b.1", "pair@run.b.2"
+    clients = [Client(pair, at) for at in range(len(ASKED))]
+    for client in clients:
+        client.start()
+    put(pair, bad, folders["pair@run.a.1"], "and lie")
+    until = time.monotonic() + 60
+    while not (told := failures(pair)):
+        assert time.monotonic() < until, "nobody says that it could not be loaded"
+    assert set(told) == {bad}
+    assert "differs from its hash" in told[bad]
+    assert f"{NAME}: {bad} could not be loaded: a shard of" in pair.run("status").stdout
+    with pytest.raises(openai.NotFoundError, match="is not live"):
+        ask(pair, 0, bad)
+    for client in clients:
+        client.finish()
+        assert client.failures == []
+        assert set(client.said) == {("pair@1", expected["pair@1"][client.at])}
+    put(pair, good, folders["pair@run.a.2"])
+    until_all(pair, good)
+    assert ask(pair, 1) == (good, expected["pair@run.a.2"][1]), "the ranks are still together"
+    assert failures(pair) == {}
+    for ref in (good, bad):
+        put(pair, f"-{ref}", folders["pair@1"])
+    until_all(pair, "pair@1")
 
 
 def test_SC11_what_a_lora_run_has_learnt_travels_alone_and_answers_beside_its_base(

@@ -6,6 +6,7 @@ import asyncio
 import json
 import tracemalloc
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -736,3 +737,13 @@ async def test_limits_change_while_the_gateway_runs(gate: Stack) -> None:
         assert (await client.post(CHAT, json=body, headers=AUTH)).status_code == 200
         gateway.limits = Limits(max_new_tokens=50)
         assert (await client.post(CHAT, json=body, headers=AUTH)).status_code == 400
+
+
+async def test_what_could_not_be_loaded_is_told_without_a_path_of_ours() -> None:
+    async with stack() as gate:
+        why = "/srv/rh/library/models/tiny/versions/2/model.safetensors: damaged " + "x" * 999
+        served = replace(gate.backend._served["tiny"], failed={"tiny@2": why})
+        gate.backend._served = {"tiny": served}
+        told = (await gate.client.get("/v1/models/tiny", headers=AUTH)).json()["failed"]
+    assert told["tiny@2"].startswith("model.safetensors: damaged x")
+    assert len(told["tiny@2"]) == 300

@@ -18,7 +18,8 @@ from cluster.session import Cluster
 GB = 10**9
 MODELS = [
     {"id": "a", "root": "a@3", "asleep": False, "memory_bytes": GB // 2},
-    {"id": "b@live", "root": "b@run.x.2", "asleep": True, "memory_bytes": GB},
+    {"id": "b@live", "root": "b@run.x.2", "asleep": True, "memory_bytes": GB}
+    | {"failed": {"b@run.x.3": "a shard differs from its hash"}},
     {"id": "c", "root": "c@1", "asleep": False, "memory_bytes": None},
     {"id": "c-lora", "root": "c-lora@1", "asleep": False, "memory_bytes": None, "parent": "c@1"},
 ]
@@ -80,6 +81,7 @@ def test_who_sleeps_is_told_with_what_each_takes_and_the_budget(
     assert [line.split() for line in lines if line.split()[:1] == ["b"]] == [
         ["b", "asleep", "1.00", "GB"]
     ]
+    assert "  b: b@run.x.3 could not be loaded: a shard differs from its hash" in lines
     assert "0.50 GB of 0.60 GB" in lines[-1]
 
 
