@@ -111,9 +111,11 @@ class Reader:
     def _read(self, version: str, directory: Path, holder: str | None) -> LoadedModel:
         """Read and pack a version; where weights are shared, put it there and map it."""
         group, mapped, began = self._group, self._mapped, time.monotonic()
-        model = group.all_or_none(lambda: self._from_files(version, directory, holder))
+        # apart from reading: there transformers makes process groups, which torch numbers, and a
+        # rank that failed before would be one behind in every load from then on
+        fetched, shape = group.all_or_none(lambda: self._gather(version, directory, holder))
+        model = group.all_or_none(lambda: self._build(directory, fetched))
         read = time.monotonic()
-        shape = (directory / "config.json").read_text()
         proven = shape in self._proven
         group.all_or_none(
             lambda: model.prepare(self._spec.step_timeout_s, proven, shareable=mapped is not None)
@@ -128,14 +130,21 @@ class Reader:
         )  # fmt: skip
         return model
 
-    def _from_files(self, version: str, directory: Path, holder: str | None) -> LoadedModel:
-        from serve_apps.engine.model import read_model
-
-        spec, fetched = self._spec, None
+    def _gather(
+        self, version: str, directory: Path, holder: str | None
+    ) -> tuple[Fetched | None, str]:
+        """Return what the shelf has, checked, and config.json: a rank may fail here alone."""
+        told, fetched = directory / "config.json", None
         if holder:
             from cluster.weights.client import fetch
 
             fetched = fetch(version, holder)
+        return fetched, told.read_text() if told.is_file() else ""
+
+    def _build(self, directory: Path, fetched: Fetched | None) -> LoadedModel:
+        from serve_apps.engine.model import read_model
+
+        spec = self._spec
         state = tensors_of(fetched) if fetched else None
         model = read_model(
             str(directory), self._device, self._dtype, spec.num_ranks, spec.quantization, state

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors import safe_open
 
@@ -95,6 +96,29 @@ def test_a_version_that_one_rank_cannot_read_changes_nothing(
         assert await answer(pair, ask()) == before
         await pair.load("m@3", str(tiny))
         assert await answer(pair, ask(), "m@3") == before
+        await pair.release("m@3", 1.0)
+
+    loop.run(run())
+
+
+def test_RC02_what_one_rank_alone_cannot_read_is_held_by_none(
+    pair: ShardedEngine, loop: LoopThread, tiny: Path
+) -> None:
+    follower = psutil.Process(pair.rank_pids[1])
+    before = follower.rlimit(psutil.RLIMIT_NOFILE)
+
+    async def run() -> None:
+        first = await answer(pair, ask())
+        follower.rlimit(psutil.RLIMIT_NOFILE, (3, before[1]))  # no file more
+        try:
+            with pytest.raises(EngineError, match="Too many open files"):
+                await pair.load("m@3", str(tiny))
+        finally:
+            follower.rlimit(psutil.RLIMIT_NOFILE, before)
+        assert "m@3" not in (await pair.stats()).versions
+        assert await answer(pair, ask()) == first
+        await pair.load("m@3", str(tiny))
+        assert await answer(pair, ask(), "m@3") == first, "the ranks are still in step"
         await pair.release("m@3", 1.0)
 
     loop.run(run())
