@@ -247,11 +247,11 @@ def failures(rig: Rig) -> dict[str, str]:
 def test_RC02_a_shard_that_is_not_what_its_hash_says_is_taken_by_no_rank(
     pair: Rig, folders: dict[str, Path], expected: dict[str, list[str]]
 ) -> None:
-    bad, good = "pair@run.b.1", "pair@run.b.2"
+    bad, good, before = "pair@run.b.1", "pair@run.b.2", str(ask(pair)[0])
     clients = [Client(pair, at) for at in range(len(ASKED))]
     for client in clients:
         client.start()
-    put(pair, bad, folders["pair@run.a.1"], "and lie")
+    put(pair, bad, folders["pair@run.a.3"], "and lie")
     until = time.monotonic() + 60
     while not (told := failures(pair)):
         assert time.monotonic() < until, "nobody says that it could not be loaded"
@@ -263,14 +263,14 @@ def test_RC02_a_shard_that_is_not_what_its_hash_says_is_taken_by_no_rank(
     for client in clients:
         client.finish()
         assert client.failures == []
-        assert set(client.said) == {("pair@1", expected["pair@1"][client.at])}
+        assert set(client.said) == {(before, expected[before][client.at])}
     put(pair, good, folders["pair@run.a.2"])
     until_all(pair, good)
     assert ask(pair, 1) == (good, expected["pair@run.a.2"][1]), "the ranks are still together"
     assert failures(pair) == {}
     for ref in (good, bad):
         put(pair, f"-{ref}", folders["pair@1"])
-    until_all(pair, "pair@1")
+    until_all(pair, before)
 
 
 def test_SC11_what_a_lora_run_has_learnt_travels_alone_and_answers_beside_its_base(
