@@ -13,7 +13,6 @@ from serve_apps.release_policy import (
     Report,
     Served,
     Wait,
-    told_to_all,
 )
 
 Alias = Callable[[str], tuple[str, str] | None]
@@ -54,7 +53,7 @@ def adapters_of(model: str, reports: Iterable[Report], alias: Alias) -> list[Ser
                 tuple(sorted(own, key=_place)),
                 app=model,
                 bases=own,
-                failed={ref: told_to_all(why) for ref, why in failed.items() if _name(ref) == name},
+                failed={ref: why for ref, why in failed.items() if _name(ref) == name},
             )
         )
     return made

@@ -12,7 +12,7 @@ from cluster.library.ref import CHAMPION, NEWEST, Ref
 from cluster.library.store import Library
 from serve_apps.adapter_policy import adapters_of
 from serve_apps.deployed import Deployed, asleep
-from serve_apps.release_policy import Canary, Served, told_to_all
+from serve_apps.release_policy import Canary, Served
 from serve_apps.rollout import bytes_of
 from serve_apps.sleep_policy import most_on_a_node
 
@@ -62,7 +62,7 @@ class Catalogue:
                 aliases=self._aliases(name),
                 created=self._created(active[-1]) if active else 0,
                 canary=self._canary(name),
-                failed={ref: told_to_all(why) for r in reports for ref, why in r.failed.items()},
+                failed={ref: why for r in reports for ref, why in r.failed.items()},
                 asleep=asleep(reports),
                 memory_bytes=most_on_a_node(reports),
             )

@@ -104,7 +104,7 @@ class Served:
     """Of an adapter's versions, what each adds to."""
     canary: Canary | None = None
     failed: Mapping[str, str] = field(default_factory=dict)
-    """Versions, and adapters, that some replica could not load, and why (see `told_to_all`)."""
+    """Versions, and adapters, that some replica could not load, and why."""
     asleep: bool = False
     """Not in memory: the first request wakes it."""
     memory_bytes: int | None = field(default=None, compare=False)
@@ -212,7 +212,7 @@ def resolve(model: str, served: Mapping[str, Served]) -> tuple[Served, str | Non
     version = str(ref) if ref.live else f"{ref.name}@{number}"
     if version not in found.live:
         live = ", ".join(found.live) or "none"
-        why = found.failed.get(version, "it is not live")
+        why = told_to_all(found.failed.get(version, "it is not live"))
         raise RequestError(
             f"{model:.80}: {why}; versions of {ref.name} that are: {live}. Put another one "
             "live with `roundhouse promote`",

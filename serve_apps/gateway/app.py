@@ -26,7 +26,7 @@ from serve_apps.gateway.samples import CONTENT_TYPE, Samples
 from serve_apps.gateway.schemas import ChatRequest, Common, CompletionRequest
 from serve_apps.gateway.stream import EventStream, unless_gone
 from serve_apps.gateway.traffic import Choice, Traffic
-from serve_apps.release_policy import Served, resolve, served_id
+from serve_apps.release_policy import Served, resolve, served_id, told_to_all
 
 
 class Gateway:
@@ -215,7 +215,7 @@ def _model(served: Served, name: str, version: str | None = None) -> dict[str, A
         "live": list(served.live),
         "asleep": served.asleep,
         "memory_bytes": served.memory_bytes,
-        "failed": dict(sorted(served.failed.items())),
+        "failed": {ref: told_to_all(why) for ref, why in sorted(served.failed.items())},
     } | ({"parent": served.bases.get(root or "")} if served.app else {})
 
 

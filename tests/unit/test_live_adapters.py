@@ -116,7 +116,7 @@ async def test_what_is_withdrawn_gives_way_to_the_one_before(tmp_path: Path) -> 
     ("base", "told"),
     [
         ("other@1", "made for other@1, and this replica holds tiny@1"),
-        ("/tmp/somewhere", "made for /tmp/somewhere"),
+        ("/tmp/somewhere", "somewhere, and this replica holds tiny@1"),
         ("tiny@1", "cannot be served: it is one of bad_loads"),
         (None, "is a model, not an adapter"),
     ],
