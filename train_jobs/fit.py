@@ -183,6 +183,8 @@ class Fit:
             return
         seconds = round(time.monotonic() - began, 2)
         self.world.report({"event": "live", "step": progress.step, "ref": ref, "seconds": seconds})
+        if progress.step == self.task.order.steps:
+            self.live.give_way(ref)
 
     def evaluate_before(self) -> None:
         """Measure the held-out rows first of all, and see that the figures asked for are there."""

@@ -26,6 +26,10 @@ from train_jobs.export import gathered, live_tensors
 from train_jobs.export_adapter import CONFIG, config_of, parts_of
 
 Named = tuple[str, torch.Tensor]
+BEGIN_S = 1.0
+"""A run that is over waits so long for the first replica to take its last weights, ..."""
+TAKE_S = 10.0
+"""... and so long for all of them, before it saves and exports beside them."""
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,9 @@ class Writer(Protocol):
 
     def abandon(self, parcel: str) -> None:
         """Take back what was handed over."""
+
+    def until_taken(self, ref: str, begin_s: float, most_s: float) -> bool:
+        """Wait until nobody takes a version any more."""
 
 
 class LiveWeights:
@@ -100,6 +107,15 @@ class LiveWeights:
             ref, handed - began, time.monotonic() - began,
         )  # fmt: skip
         return ref
+
+    def give_way(self, ref: str) -> None:
+        """Let replicas take a run's last weights before it computes and writes on; bounded."""
+        if dist.get_rank() == 0:
+            try:
+                self._writer.until_taken(ref, BEGIN_S, TAKE_S)
+            except RoundhouseError as error:
+                log.warning("not waited for replicas: %s", error)
+        _told(None)
 
     def _of(self, module: Any) -> Matrices | Weights:
         if is_lora(module):

@@ -21,8 +21,8 @@ from train_jobs.live import run_word
 
 STEPS = 3
 RUN_S = 900.0
-CLIENTS = 2
-"""That ask for a few tokens again and again, to see who answers."""
+CLIENTS = 1
+"""That asks for a few tokens again and again, to see who answers."""
 DATA = ROOT / "train_jobs/data/demo/train.jsonl"
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},

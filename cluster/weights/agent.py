@@ -197,6 +197,12 @@ class Agent:
                 self._inventory.sweep(self._clock())
                 self._forget_pieces()
 
+    def users(self, ref: str) -> int:
+        """Return how many have a version leased here."""
+        with self._lock:
+            held = self._inventory.versions.get(ref)
+            return len(held.leases) if held and held.leased(self._clock()) else 0
+
     def drop(self, ref: str) -> None:
         """Forget a version now; who reads it keeps what it reads."""
         with self._lock:

@@ -45,8 +45,8 @@ GROUP_BYTES = 16 << 20
 PENDING = 2
 """Groups on their way to the agent at once."""
 
-FORM_POLL_S = 0.1
-"""Between two questions whether another process has prepared a form."""
+POLL_S = 0.1
+"""Between two questions whether others have done something."""
 
 Named = tuple[str, Any]
 
@@ -95,6 +95,10 @@ class Writer:
         """Take back what this node was given for a parcel."""
         asked(self._agent.abandon.remote(parcel), CALL_S)
 
+    def until_taken(self, ref: str, begin_s: float, most_s: float) -> bool:
+        """See :func:`until_taken`."""
+        return until_taken(ref, begin_s, most_s)
+
     def _send(self, parcel: str, arrays: Mapping[str, Array]) -> None:
         sizes = {piece: array.nbytes for piece, array in arrays.items()}
         missing = asked(self._agent.begin.remote(parcel, sizes), CALL_S)
@@ -132,6 +136,21 @@ def publish(
         writer.abandon(parcel)
         raise
     return bundle
+
+
+def until_taken(ref: str, begin_s: float, most_s: float) -> bool:
+    """Wait until nobody takes a version any more; False where nobody has begun, or is done.
+
+    ``begin_s`` seconds are waited for the first one, ``most_s`` in all.
+    """
+    began, known, seen = time.monotonic(), list(agents().values()), False
+    while time.monotonic() - began < most_s:
+        users = sum(asked(agent.users.remote(ref), CALL_S) for agent in known)
+        if not users and (seen or time.monotonic() - began > begin_s):
+            return seen
+        seen = seen or users > 0
+        time.sleep(POLL_S)
+    return False
 
 
 def withdraw(ref: str) -> None:
@@ -185,7 +204,7 @@ def find_form(key: str, holder: str) -> Fetched | None:
             return _mapped(told, verify=True)
         if told:
             return None
-        time.sleep(FORM_POLL_S)
+        time.sleep(POLL_S)
     raise ClusterError(f"{key} was not prepared on this node within {MOVE_S:g} s; repeat")
 
 

@@ -58,6 +58,9 @@ class Folder:
     def seal(self, shipped: Sequence[tuple[str, str]], bundle: Bundle) -> None:
         (self.path / "bundle").write_bytes(pickle.dumps((shipped, bundle)))
 
+    def until_taken(self, ref: str, begin_s: float, most_s: float) -> bool:
+        return False
+
     def abandon(self, parcel: str) -> None:
         (self.path / f"abandoned-{self.node}").touch()
 

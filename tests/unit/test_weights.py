@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from cluster.errors import ClusterError, ConfigError, Corrupt, NotEnough, UnknownModel
 from cluster.library.manifest import Facts
 from cluster.library.store import Library
-from cluster.weights import exchange
+from cluster.weights import client, exchange
 from cluster.weights.agent import Agent
 from cluster.weights.directory import Directory
 from cluster.weights.exchange import LEND_S, LENDS, Loan
@@ -356,6 +357,39 @@ def test_many_nodes_take_from_each_other_and_not_all_from_the_first(clock: Clock
     assert sum(network.asked.values()) == 5 * len(arrays)
     assert network.asked["a"] < 4 * len(arrays)
     assert len(network.asked) > 2
+
+
+def test_who_uses_a_version_is_counted_until_it_leaves_or_falls_silent(clock: Clock) -> None:
+    agent = Network().join("a", 10_000, clock)
+    put(agent, "m@1", array(1))
+    assert agent.users("m@1") == agent.users("m@2") == 0
+    agent.take("m@1", "first"), agent.take("m@1", "second")
+    assert agent.users("m@1") == 2
+    agent.leave("first", "m@1")
+    assert agent.users("m@1") == 1
+    clock.now += LEASE_S + 1
+    assert agent.users("m@1") == 0
+
+
+@pytest.mark.parametrize(
+    ("users", "taken", "questions"),
+    [
+        ([0, 0, 1, 2, 1, 0], True, 6),  # two replicas take it, one after the other
+        ([0] * 9, False, 4),  # nobody begins
+        ([1] * 99, False, 10),  # one does not end
+    ],
+)
+def test_a_run_that_is_over_waits_for_those_who_take_its_weights(
+    users: list[int], taken: bool, questions: int, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    left = iter(users)
+    agent = SimpleNamespace(users=SimpleNamespace(remote=lambda ref: next(left)))
+    monkeypatch.setattr(client, "agents", lambda: {"node": agent})
+    monkeypatch.setattr(client, "asked", lambda told, bound: told)
+    waits = lambda seconds: setattr(clock, "now", clock.now + 1)  # noqa: E731
+    monkeypatch.setattr(client, "time", SimpleNamespace(monotonic=clock, sleep=waits))
+    assert client.until_taken("m@run.a.1", begin_s=2.5, most_s=10) is taken
+    assert len(users) - len(list(left)) == questions
 
 
 def test_what_is_spilled_is_told(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
