@@ -258,7 +258,7 @@ def test_RC02_a_shard_that_is_not_what_its_hash_says_is_taken_by_no_rank(
     assert set(told) == {bad}
     assert "differs from its hash" in told[bad]
     assert f"{NAME}: {bad} could not be loaded: a shard of" in pair.run("status").stdout
-    with pytest.raises(openai.NotFoundError, match="is not live"):
+    with pytest.raises(openai.NotFoundError, match="differs from its hash"):
         ask(pair, 0, bad)
     for client in clients:
         client.finish()
