@@ -197,6 +197,19 @@ class Agent:
                 self._inventory.sweep(self._clock())
                 self._forget_pieces()
 
+    def damaged(self, piece: str) -> bool:
+        """Look at a piece that a reader found damaged; forget it if it is, and say so.
+
+        Else whoever brings the same bytes once more would be told that they are here.
+        """
+        with self._lock:
+            reference = self._references.get(piece)
+            if reference is None or hash_of(self._store.get([reference])[0]) == piece:
+                return False
+            self._inventory.lost(piece)
+            del self._references[piece]
+            return True
+
     def users(self, ref: str) -> int:
         """Return how many have a version leased here."""
         with self._lock:

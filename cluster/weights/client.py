@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, Corrupt
 from cluster.home import home
 from cluster.library.ref import Update
 from cluster.weights.actors import (
@@ -235,7 +235,11 @@ def _mapped(taken: Taken, verify: bool) -> Fetched:
     pieces = dict(zip(names, arrays, strict=True))
     if verify:
         for piece, array in pieces.items():
-            check(Piece(piece, bundle.pieces[piece]), array)
+            try:
+                check(Piece(piece, bundle.pieces[piece]), array)
+            except Corrupt:
+                asked(open_agent().damaged.remote(piece), CALL_S)
+                raise
     return Fetched(bundle, pieces)
 
 

@@ -116,6 +116,10 @@ class Inventory:
         if held := self.versions.get(ref):
             held.leases.pop(holder, None)
 
+    def lost(self, piece: str) -> None:
+        """Forget a piece that is no good: versions that have it are not whole until it comes."""
+        self.pieces.pop(piece, None)
+
     def drop(self, ref: str) -> None:
         """Forget a version, whoever uses it; `sweep` takes its pieces."""
         self.versions.pop(ref, None)

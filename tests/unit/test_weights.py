@@ -359,6 +359,22 @@ def test_many_nodes_take_from_each_other_and_not_all_from_the_first(clock: Clock
     assert len(network.asked) > 2
 
 
+def test_RC02_a_damaged_piece_is_forgotten_and_may_come_again(clock: Clock) -> None:
+    agent = Network().join("a", 10_000, clock)
+    good = put(agent, "m@1", array(1))
+    lie = bundle_of("m@2", array(2))
+    [piece] = lie.pieces
+    agent.begin("parcel", lie.pieces)
+    agent.put("parcel", {piece: array(3)})
+    agent.finish("parcel", lie)
+    assert agent.damaged(piece)
+    assert not agent.damaged(next(iter(good.pieces))), "what is good stays, whatever is said of it"
+    assert agent.status()["versions"]["m@2"]["whole"] is False
+    put(agent, "m@2", array(2))
+    _, references = agent.take("m@2", "reader")
+    assert hash_of(references[piece][0]) == piece
+
+
 def test_who_uses_a_version_is_counted_until_it_leaves_or_falls_silent(clock: Clock) -> None:
     agent = Network().join("a", 10_000, clock)
     put(agent, "m@1", array(1))
