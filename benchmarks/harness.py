@@ -48,7 +48,9 @@ class Target:
         return low and (self.at_most is None or value <= self.at_most)
 
     def __str__(self) -> str:
-        return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+        low = None if self.at_least is None else f">= {self.at_least:g}"
+        high = None if self.at_most is None else f"<= {self.at_most:g}"
+        return " and ".join(filter(None, (low, high)))
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -15,4 +15,6 @@ TARGETS = {
     "leaked_cache_tokens": Target(at_most=0),
     "trainer_to_live_s_full": Target(at_most=3),
     "trainer_to_live_s_lora": Target(at_most=1),
+    "pss_weights_4_replicas_vs_1": Target(at_most=1.05),
+    "cold_start_vs_disk": Target(at_most=1),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,8 @@ class Rig:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Rig:
-        self.home.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.home, ignore_errors=True)  # versions are counted from the first one
+        self.home.mkdir(parents=True)
         self.verb("up", "--port", "any")
         self.verb("models", "import", str(self.model), "--name", NAME)
         return self
