@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from typing import Any
 
 from benchmarks.env import ROOT
 from benchmarks.harness import Target
@@ -25,7 +26,7 @@ PROGRAMS = (
 
 def main() -> int:
     """Print one line for each target; 1 when one is missed without a reason, or never shown."""
-    results: dict[str, list[tuple[str, dict[str, object]]]] = {}
+    results: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
         results.setdefault(result.get("program"), []).append((path.name, result))
