@@ -9,6 +9,7 @@ the object store.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -53,6 +54,7 @@ def main() -> int:
 
     files, made = small_files(model), dict[int, dict[str, torch.Tensor]]()
     torch.set_num_threads(1)  # two of them would wait for each other beside busy ranks
+    os.nice(19)  # as a trainer's ranks are
     _say({"ready": True})
     for line in sys.stdin:
         question: dict[str, Any] = json.loads(line)

@@ -368,8 +368,9 @@ def _bare(config: Any, dtype: torch.dtype) -> Any | None:
 def _made_of(
     config: Any, dtype: torch.dtype, quantization: Quantization, state: Mapping[str, torch.Tensor]
 ) -> Any | None:
-    """Return a module whose parameters are the tensors of ``state``, without a copy.
+    """Return a module whose parameters are the tensors of ``state``, the embedding a copy of its.
 
+    That one is computed with as it is; all others are packed, and ``state`` may go after that.
     None where it takes transformers to read them: other names, shapes or types, other models.
     """
     read_as = _read_as(config, dtype, state) if quantization == "none" else dtype
@@ -383,8 +384,10 @@ def _made_of(
     if {name: tensor.shape for name, tensor in state.items()} != shapes:
         return None
     module.load_state_dict(state, strict=False, assign=True)
+    embedding = module.get_input_embeddings()
+    embedding.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     if tied:
-        module.lm_head.weight = module.get_input_embeddings().weight
+        module.lm_head.weight = embedding.weight
     return module.requires_grad_(False)
 
 
