@@ -18,6 +18,7 @@ import statistics
 import sys
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -177,9 +178,15 @@ def stalled(who: Sequence[Pulse], stall_s: float) -> str:
 
 
 def claim(folder: Path, why: str) -> str:
-    """Write down why the ranks are ended; the first reason stays, and is returned."""
-    path = folder / ENDED
-    return why if _write_once(path, {"why": why}) else ended(folder) or why
+    """Write down why the ranks are ended; the first reason stays, and is returned.
+
+    Where it cannot be written (a full disk), this rank ends for its own reason all the same.
+    """
+    try:
+        return why if _write_once(folder / ENDED, {"why": why}) else ended(folder) or why
+    except OSError as error:
+        sys.stderr.write(f"{folder / ENDED}: {error.strerror}\n")
+        return why
 
 
 def ended(folder: Path) -> str | None:
@@ -208,14 +215,15 @@ def wrong(folder: Path) -> tuple[int, str] | None:
 
 
 def _write_once(path: Path, told: dict[str, Any]) -> bool:
-    staged = path.with_name(f".{os.getpid()}.{path.name}")
+    # Not by process id: ranks of several machines meet in this folder, and threads of one process.
+    staged = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
     staged.write_text(json.dumps(told))
     try:
         os.link(staged, path)
     except FileExistsError:
         return False
     finally:
-        staged.unlink()
+        staged.unlink(missing_ok=True)
     return True
 
 

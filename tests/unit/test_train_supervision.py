@@ -9,6 +9,7 @@ import resource
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,29 @@ def test_tc29_a_rank_that_stops_is_named_by_all_and_one_reason_stays(tmp_path: P
     assert claim(tmp_path, "another") == told[0]
     clear(tmp_path)
     assert ended(tmp_path) is None
+
+
+def test_of_many_that_claim_at_once_one_reason_stays(tmp_path: Path) -> None:
+    for turn in range(20):
+        folder = tmp_path / str(turn)
+        folder.mkdir()
+        together = threading.Barrier(8)
+
+        def claims(rank: int, folder: Path = folder, at: threading.Barrier = together) -> str:
+            at.wait(20)
+            return claim(folder, f"reason {rank}")
+
+        with ThreadPoolExecutor(8) as pool:
+            told = list(pool.map(claims, range(8), timeout=20))
+        assert set(told) == {ended(folder)}
+        assert [path.name for path in folder.iterdir()] == ["ended.json"]
+
+
+def test_a_reason_that_cannot_be_written_still_ends_its_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert claim(tmp_path / "gone", "mine") == "mine"
+    assert "ended.json: No such file or directory" in capsys.readouterr().err
 
 
 def test_a_heart_that_beats_ends_nobody(tmp_path: Path) -> None:
