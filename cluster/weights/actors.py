@@ -17,7 +17,7 @@ from cluster.weights.directory import WATCH_S, Directory
 from cluster.weights.exchange import LENDS, Loan
 from cluster.weights.layout import Array, Bundle
 
-FORMAT = 2
+FORMAT = 3
 """Part of the actors' names: code that keeps another format has its own."""
 DIRECTORY = f"weights-{FORMAT}"
 SHARE = 0.6
@@ -57,11 +57,12 @@ class ClusterDirectory(Directory):
 
     def __init__(self) -> None:
         super().__init__()
-        told = {node: agent.bundles.remote() for node, agent in agents().items()}
+        # futures: Ray complains of a plain get in an actor with methods that wait
+        told = {node: agent.bundles.remote().future() for node, agent in agents().items()}
         until = time.monotonic() + CALL_S
         for node, bundles in told.items():
-            with contextlib.suppress(RoundhouseError):  # it says so itself when it is back
-                for bundle in asked(bundles, max(0.1, until - time.monotonic())):
+            with contextlib.suppress(Exception):  # it says so itself when it is back
+                for bundle in bundles.result(max(0.1, until - time.monotonic())):
                     self._bundles[bundle.ref] = bundle
                     self._nodes.setdefault(bundle.ref, {})[node] = None
 
@@ -69,27 +70,27 @@ class ClusterDirectory(Directory):
 class ObjectStore:
     """Ray's: this process owns what it puts."""
 
-    def put(self, array: Array) -> Any:
-        """See :class:`cluster.weights.agent.Store`."""
+    def put(self, arrays: Sequence[Array]) -> Any:
+        """See :class:`cluster.weights.blocks.Store`."""
         import ray
 
-        return ray.put(array)
+        return ray.put(list(arrays))
 
-    def get(self, references: Sequence[Any]) -> list[Array]:
-        """See :class:`cluster.weights.agent.Store`."""
+    def get(self, references: Sequence[Any]) -> list[list[Array]]:
+        """See :class:`cluster.weights.blocks.Store`."""
         import ray
 
         try:
-            arrays: list[Array] = ray.get(list(references), timeout=MOVE_S)
+            objects: list[list[Array]] = ray.get(list(references), timeout=MOVE_S)
         except ray.exceptions.RayError as error:
             raise ClusterError(
                 f"shards could not be read ({type(error).__name__}): the node that has them is "
                 "gone, or too slow; publish the version again"
             ) from None
-        return arrays
+        return objects
 
     def spilled(self, references: Sequence[Any]) -> list[bool]:
-        """See :class:`cluster.weights.agent.Store`. This process owns them, and so knows."""
+        """See :class:`cluster.weights.blocks.Store`. This process owns them, and so knows."""
         from ray.experimental import get_local_object_locations
 
         told = get_local_object_locations(list(references))
@@ -162,7 +163,7 @@ class Others:
                 any_busy = True  # it may have them
                 continue
             if found:
-                return Loan(node, {piece: inside[0] for piece, inside in found.items()})
+                return Loan(node, found)
             any_busy = any_busy or has
         if not any_busy and len(others) <= ASKED:
             raise ClusterError("nobody has them now")

@@ -16,28 +16,18 @@ from typing import Any, Protocol
 from cluster.errors import LibraryError, UnknownModel
 from cluster.library.ref import Ref
 from cluster.library.store import Library
+from cluster.weights.blocks import Place, Store, blocks, read
 from cluster.weights.exchange import LENDS, Desk, Fetch, Lenders
 from cluster.weights.files import small_files, stored_tensors
 from cluster.weights.inventory import PARCEL_S, Inventory
 from cluster.weights.layout import Array, Bundle, Piece, Tensor, cut, hash_of, is_form
 
-Taken = tuple[Bundle, dict[str, list[Any]]]
-"""A version, and a reference to each of its pieces, in a list so that none is read on the way."""
+Taken = tuple[Bundle, dict[str, Place]]
+"""A version, and where each of its pieces lies."""
+SPILL_S = 10.0
+"""Between two looks for what was spilled, while somebody uses the shelf."""
 
 log = logging.getLogger(__name__)
-
-
-class Store(Protocol):
-    """Where pieces lie: the object store, or a dict in a test."""
-
-    def put(self, array: Array) -> Any:
-        """Take a copy; what is returned keeps it."""
-
-    def get(self, references: Sequence[Any]) -> list[Array]:
-        """Return what lies there, without a copy where it lies on this node."""
-
-    def spilled(self, references: Sequence[Any]) -> list[bool]:
-        """Say of each whether it had to make room in memory, and lies on the node's disk."""
 
 
 class Elsewhere(Lenders, Protocol):
@@ -74,9 +64,9 @@ class Agent:
         self._lock = threading.RLock()  # over the inventory and the references
         self._making: dict[str, threading.Lock] = {}
         self._makers: dict[str, tuple[str, float]] = {}  # who prepares a form, and until when
-        self._references: dict[str, Any] = {}
+        self._places: dict[str, Place] = {}
         self._desk, self._given = Desk(clock), 0  # bytes lent so far
-        self._told_spilled = 0
+        self._told_spilled, self._looked_at = 0, clock()
 
     def begin(self, parcel: str, pieces: Mapping[str, int]) -> list[str]:
         """Make room for pieces; return those that are not here yet. Raises NotEnough."""
@@ -91,11 +81,12 @@ class Agent:
 
     def put(self, parcel: str, arrays: Mapping[str, Array]) -> None:
         """Take pieces by their hashes, which the caller has computed; readers check them."""
-        for piece, array in arrays.items():
-            reference = self._store.put(array)
+        for block in blocks(arrays):
+            reference = self._store.put(list(block.values()))
             with self._lock:
-                self._references[piece] = reference
-                self._inventory.arrived(parcel, piece, array.nbytes, self._clock())
+                for at, (piece, array) in enumerate(block.items()):
+                    self._places[piece] = Place(reference, at)
+                    self._inventory.arrived(parcel, piece, array.nbytes, self._clock())
 
     def finish(self, parcel: str, bundle: Bundle, tell: bool = True) -> None:
         """All pieces of this node have come: from now on the version is here.
@@ -109,7 +100,6 @@ class Agent:
             self._forget_pieces()
         if tell:
             self._elsewhere.have(bundle)
-        self._spilled()
 
     def abandon(self, parcel: str) -> None:
         """Forget what a writer left on its way."""
@@ -131,6 +121,10 @@ class Agent:
                 self._bring(ref)
         with self._lock:
             return self._leased(ref, holder)
+
+    def bring(self, ref: str, holder: str) -> Bundle:
+        """Take a version for somebody who does not read its pieces."""
+        return self.take(ref, holder)[0]
 
     def take_form(self, key: str, holder: str) -> Taken | bool:
         """Return what another rank of this node prepared, or whether ``holder`` is to prepare it.
@@ -187,7 +181,10 @@ class Agent:
                     self._inventory.lease(ref, holder, self._clock())
             self._inventory.sweep(self._clock())
             self._forget_pieces()
-            return [ref for ref in refs if ref not in self._inventory.versions]
+            gone = [ref for ref in refs if ref not in self._inventory.versions]
+        if self._clock() - self._looked_at > SPILL_S:
+            self._spilled()
+        return gone
 
     def leave(self, holder: str, ref: str) -> None:
         """End a lease: the version may go when its room is wanted, a form goes now."""
@@ -203,11 +200,11 @@ class Agent:
         Else whoever brings the same bytes once more would be told that they are here.
         """
         with self._lock:
-            reference = self._references.get(piece)
-            if reference is None or hash_of(self._store.get([reference])[0]) == piece:
+            place = self._places.get(piece)
+            if place is None or hash_of(read(self._store, [place])[0]) == piece:
                 return False
             self._inventory.lost(piece)
-            del self._references[piece]
+            del self._places[piece]
             return True
 
     def users(self, ref: str) -> int:
@@ -226,8 +223,8 @@ class Agent:
 
     def lend(
         self, pieces: Sequence[str], most: int, who: str, lends: int = LENDS
-    ) -> tuple[bool, dict[str, list[Any]]]:
-        """Say whether any of the pieces are here, and return references to some of those.
+    ) -> tuple[bool, dict[str, Place]]:
+        """Say whether any of the pieces are here, and return where some of those lie.
 
         About ``most`` bytes, the first first; none while ``lends`` others borrow from here.
         """
@@ -235,11 +232,11 @@ class Agent:
             here = {
                 piece: self._inventory.pieces[piece]
                 for piece in pieces
-                if piece in self._references and piece in self._inventory.pieces
+                if piece in self._places and piece in self._inventory.pieces
             }
             chosen = self._desk.lend(here, most, who, lends)
             self._given += sum(here[piece] for piece in chosen)
-            return bool(here), {piece: [self._references[piece]] for piece in chosen}
+            return bool(here), {piece: self._places[piece] for piece in chosen}
 
     def returned(self, who: str) -> None:
         """Take note that a borrower has read what it was lent."""
@@ -254,6 +251,7 @@ class Agent:
 
     def status(self) -> dict[str, Any]:
         """Return bytes and versions of this node."""
+        spilled = self._spilled()
         with self._lock:
             now = self._clock()
             return {
@@ -262,7 +260,7 @@ class Agent:
                 "pieces": len(self._inventory.pieces),
                 "parcels": len(self._inventory.parcels),
                 "given": self._given,
-                "spilled": self._spilled(),
+                "spilled": spilled,
                 "versions": {
                     ref: {
                         "bytes": held.bundle.nbytes,
@@ -297,7 +295,7 @@ class Agent:
         try:
             Fetch(
                 self._elsewhere,
-                self._store.get,
+                lambda places: read(self._store, places),
                 lambda arrays: self.put(parcel, arrays),
                 bundle,
                 missing,
@@ -332,10 +330,14 @@ class Agent:
     def _spilled(self) -> int:
         """Return the bytes that other objects have driven out of memory, and tell of new ones."""
         with self._lock:
-            pieces = [piece for piece in self._references if piece in self._inventory.pieces]
-            out = self._store.spilled([self._references[piece] for piece in pieces])
-            sizes = self._inventory.pieces
-            size = sum(sizes[piece] for piece, gone in zip(pieces, out, strict=True) if gone)
+            sizes = dict(self._inventory.pieces)
+            objects: dict[int, tuple[Any, int]] = {}
+            for piece, (reference, _) in self._places.items():
+                _, size = objects.get(id(reference), (None, 0))
+                objects[id(reference)] = reference, size + sizes.get(piece, 0)
+        out = self._store.spilled([reference for reference, _ in objects.values()])
+        size = sum(size for (_, size), gone in zip(objects.values(), out, strict=True) if gone)
+        self._looked_at = self._clock()
         if size > self._told_spilled:
             log.warning(
                 "%.0f MB of the shelf were spilled to disk: readers wait for it; start the node "
@@ -347,7 +349,7 @@ class Agent:
     def _leased(self, ref: str, holder: str) -> Taken:
         self._inventory.lease(ref, holder, self._clock())
         bundle = self._inventory.versions[ref].bundle
-        return bundle, {piece: [self._references[piece]] for piece in bundle.pieces}
+        return bundle, {piece: self._places[piece] for piece in bundle.pieces}
 
     def _pinned(self, ref: str) -> bool:
         """Say whether an alias of the library means a version."""
@@ -360,5 +362,5 @@ class Agent:
             return True  # rather too much is kept than what answers is taken away
 
     def _forget_pieces(self) -> None:
-        for piece in set(self._references) - set(self._inventory.pieces):
-            del self._references[piece]
+        for piece in set(self._places) - set(self._inventory.pieces):
+            del self._places[piece]

@@ -26,6 +26,7 @@ from cluster.weights.actors import (
     this_node,
 )
 from cluster.weights.agent import Taken
+from cluster.weights.blocks import read
 from cluster.weights.files import write_files
 from cluster.weights.layout import (
     Array,
@@ -229,14 +230,14 @@ def put_form(key: str, tensors: Iterable[Named], holder: str) -> Fetched:
 
 
 def _mapped(taken: Taken, verify: bool) -> Fetched:
-    bundle, references = taken
-    names = list(bundle.pieces)
-    arrays = ObjectStore().get([references[piece][0] for piece in names])
-    pieces = dict(zip(names, arrays, strict=True))
+    bundle, places = taken
+    sizes = bundle.pieces
+    arrays = read(ObjectStore(), [places[piece] for piece in sizes])
+    pieces = dict(zip(sizes, arrays, strict=True))
     if verify:
         for piece, array in pieces.items():
             try:
-                check(Piece(piece, bundle.pieces[piece]), array)
+                check(Piece(piece, sizes[piece]), array)
             except Corrupt:
                 asked(open_agent().damaged.remote(piece), CALL_S)
                 raise
@@ -253,7 +254,7 @@ def bring(ref: str, holder: str) -> Path:
 
 def take(ref: str, holder: str) -> Bundle:
     """Bring a version to this node's shelf; ``holder`` has it leased from now on."""
-    bundle: Bundle = asked(open_agent().take.remote(ref, holder), MOVE_S)[0]
+    bundle: Bundle = asked(open_agent().bring.remote(ref, holder), MOVE_S)
     return bundle
 
 

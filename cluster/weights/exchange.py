@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from cluster.errors import ClusterError, Corrupt, RoundhouseError
+from cluster.weights.blocks import Place
 from cluster.weights.layout import Array, Bundle, Piece, check
 
 LENDS = 2
@@ -36,10 +37,10 @@ SMALL, LARGE = 8 << 20, 64 << 20
 
 @dataclass(frozen=True)
 class Loan:
-    """References to pieces on one node; ``node`` is to be told when they have been read."""
+    """Where pieces lie on one node; ``node`` is to be told when they have been read."""
 
     node: str
-    references: Mapping[str, Any]
+    places: Mapping[str, Place]
 
 
 class Lenders(Protocol):
@@ -90,7 +91,7 @@ class Fetch:
     """One version on its way to this node."""
 
     lenders: Lenders
-    get: Callable[[Sequence[Any]], list[Array]]
+    get: Callable[[Sequence[Place]], list[Array]]
     put: Callable[[Mapping[str, Array]], None]
     bundle: Bundle
     left: list[str]
@@ -149,29 +150,26 @@ class Fetch:
                 "them are busy; try again"
             )
         if loan is not None:
-            borrowed = set(loan.references)
+            borrowed = set(loan.places)
             self.left = [piece for piece in self.left if piece not in borrowed]
         return loan
 
     def _take(self, loan: Loan, who: str) -> None:
-        pieces, failed, ours = list(loan.references), True, False
+        left, good, failed = list(loan.places), dict[str, Array](), True
         try:
-            arrays = self.get([loan.references[piece] for piece in pieces])
-            while arrays:
-                array = arrays.pop()
-                check(Piece(pieces[-1], self.bundle.pieces[pieces[-1]]), array)
-                ours = True
-                self.put({pieces[-1]: array})
-                ours = False
-                pieces.pop()
-                self._moved = time.monotonic()
+            arrays = self.get(list(loan.places.values()))
+            for piece, array in zip(loan.places, arrays, strict=True):
+                check(Piece(piece, self.bundle.pieces[piece]), array)
+                good[piece] = array
             failed = False
         except (Corrupt, ClusterError) as error:
-            if ours:  # this node has no room: no other lender would help
-                failed = False
-                raise
             self._error = error
+        try:
+            if good:
+                self.put(good)  # where this node has no room, no other lender would help
+                self._moved = time.monotonic()
+                left = [piece for piece in left if piece not in good]
             with self._lock:
-                self.left += pieces  # somebody else may have them
+                self.left += left  # somebody else may have them
         finally:
             self.lenders.give_back(loan, who, failed)
