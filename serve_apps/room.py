@@ -49,14 +49,15 @@ def free_bytes(root: Path = _CGROUP) -> int:
     return max(min(free, limit - used + cached), 0)
 
 
-def check(version: str, parameters: int | None, info: EngineInfo) -> None:
+def check(version: str, parameters: int | None, info: EngineInfo, spare: int = 0) -> None:
     """Raise NotEnough when the weights would not fit beside what is there.
 
-    Weights on an accelerator are not looked at: there the allocator says no by itself.
+    ``spare`` bytes are taken already, and kept for them. Weights on an accelerator are not looked
+    at: there the allocator says no by itself.
     """
     if info.device != "cpu" or not parameters:
         return
-    need, free = parameters * WIDTH.get(info.dtype, 4), free_bytes()
+    need, free = parameters * WIDTH.get(info.dtype, 4), free_bytes() + spare
     if need + SPARE_BYTES > free:
         raise NotEnough(
             f"{version} needs {_told(need)} of memory beside what is held (and "

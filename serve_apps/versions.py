@@ -306,7 +306,8 @@ class Versions:
             self._texts[version] = await self._load_from(self._shelf, version)
             return
         if self._texts:
-            room.check(version, found.manifest.architecture.parameters, self._engine.info)
+            spare = (await self._engine.stats()).spare_bytes
+            room.check(version, found.manifest.architecture.parameters, self._engine.info, spare)
         text = await asyncio.to_thread(ChatText.shared, found.path)
         await self._engine.load(version, str(found.path))
         self._texts[version] = text

@@ -7,11 +7,12 @@ import json
 import subprocess
 import sys
 import time
+from itertools import repeat
 from typing import Any
 
 from benchmarks.env import ROOT
 from benchmarks.live.rig import NAME, Rig
-from benchmarks.live.updates import Load, Samples, endless, say
+from benchmarks.live.updates import Load, Samples, say
 from benchmarks.load import Endpoint
 from benchmarks.peers.environments import BASE, VLLM, missing
 from benchmarks.servers import Setup, vllm_server
@@ -19,10 +20,12 @@ from cluster.library.ref import NEWEST
 from cluster.library.store import Library
 from train_jobs.live import run_word
 
-STEPS = 3
+STEPS, EVERY = 6, 3
+"""A run puts its weights on the shelf twice: cold, and as all the others of a longer run."""
 RUN_S = 900.0
 CLIENTS = 1
-"""That asks for a few tokens again and again, to see who answers."""
+QUESTION = "Hi"
+"""What it asks, for one token, again and again: a long prompt would measure its own prefill."""
 DATA = ROOT / "train_jobs/data/demo/train.jsonl"
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -46,19 +49,22 @@ def measure_trainer(rig: Rig, args: argparse.Namespace) -> dict[str, Samples]:
 
 
 def one_run(rig: Rig, endpoint: Endpoint, changes: dict[str, Any]) -> dict[str, float]:
-    """Train; return seconds from the last step to shelf, and to the first token of its weights."""
+    """Train; return seconds from a step to the shelf, and to the first token of its weights.
+
+    ``cold_`` is the run's first time, when nothing has travelled yet between these processes.
+    """
     fields = {
         "model": answering(rig),
         "data": {"train": str(DATA), "max_len": 128},
         "batch": {"micro": 1, "total": 2},
         "run": {"workers": 2, "steps": STEPS, "dtype": "float32", "threads": 1},
-        "publish": {"name": NAME, "every": STEPS},
+        "publish": {"name": NAME, "every": EVERY},
         **changes,
     }
     config = BASE / "live-train.yaml"
     config.write_text(json.dumps(fields))
     before = {path.name for path in (rig.home / "runs").glob("*")}
-    with Load(endpoint, CLIENTS, 4, endless()) as load:
+    with Load(endpoint, CLIENTS, 1, repeat(QUESTION)) as load:
         done = subprocess.run(
             [sys.executable, "-m", "cluster.cli", "train", str(config), "--force"],
             cwd=ROOT, env=rig.environ, stdout=subprocess.DEVNULL, timeout=RUN_S,
@@ -67,22 +73,24 @@ def one_run(rig: Rig, endpoint: Endpoint, changes: dict[str, Any]) -> dict[str, 
             raise RuntimeError(f"the run ended with {done.returncode}")
     [run] = [path for path in (rig.home / "runs").glob("*") if path.name not in before]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    stepped = next(r["time"] for r in records if r.get("step") == STEPS and "loss" in r)
-    live = next(r for r in records if r.get("event") == "live")
-    assert live["ref"] == f"{NAME}@run.{run_word(run.name)}.{STEPS}"
-    offset = time.time() - time.monotonic()
-    # what the run publishes last is the same weights, and may answer before anybody asks again
-    new = {live["ref"], next(r["ref"] for r in records if r.get("event") == "published")}
-    first = min(
-        answer.sent + answer.first_s + offset
-        for _, answer in load.answers
-        if new.issuperset(answer.versions)
-    )
-    return {
-        "to_shelf_s": live["time"] - stepped,
-        "to_first_token_s": first - stepped,
-        "failures": float(len(load.failures)),
-    }
+    told = {"failures": float(len(load.failures))}
+    for step, prefix in ((EVERY, "cold_"), (STEPS, "")):
+        stepped = next(r["time"] for r in records if r.get("step") == step and "loss" in r)
+        live = next(r for r in records if r.get("event") == "live" and r["step"] == step)
+        new = {f"{NAME}@run.{run_word(run.name)}.{step}"}
+        assert live["ref"] in new
+        if step == STEPS:
+            # what the run publishes then is the same weights, and may answer before anybody asks
+            new.add(next(r["ref"] for r in records if r.get("event") == "published"))
+        offset = time.time() - time.monotonic()
+        first = min(
+            answer.sent + answer.first_s + offset
+            for _, answer in load.answers
+            if new.issuperset(answer.versions)
+        )
+        told[f"{prefix}to_shelf_s"] = live["time"] - stepped
+        told[f"{prefix}to_first_token_s"] = first - stepped
+    return told
 
 
 def answering(rig: Rig) -> str:

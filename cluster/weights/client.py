@@ -41,7 +41,7 @@ from cluster.weights.layout import (
     joined,
 )
 
-GROUP_BYTES = 64 << 20
+GROUP_BYTES = 16 << 20
 """Tensors that are hashed and offered together: what a writer holds beside the model."""
 PENDING = 2
 """Groups on their way to the agent at once."""

@@ -157,6 +157,8 @@ class EngineStats:
     """Tokens that were guessed ahead of a step."""
     guessed_right: int = 0
     """Of these, those that the model picked."""
+    spare_bytes: int = 0
+    """Memory that is kept for the weights of the next version."""
 
 
 class Stream(Protocol):

@@ -263,6 +263,7 @@ class Leader(Rank):
                 "expired": scheduler.expiries,
                 "guessed": scheduler.guessed,
                 "guessed_right": scheduler.guessed_right,
+                "spare_bytes": self._reader.spare_bytes,
             }
 
 

@@ -21,6 +21,7 @@ from serve_apps.engine.kv_cache import Geometry, KVCache
 from serve_apps.engine.native import build
 from serve_apps.engine.native.decoder import FAMILY, NativeDecoder, unsupported
 from serve_apps.engine.native.layout import Quantization
+from serve_apps.engine.native.room import Room
 from serve_apps.engine.partition import check_directory
 from serve_apps.engine.plan import Row, StepPlan, blocks_for
 
@@ -108,6 +109,11 @@ class LoadedModel:
     def _head_is_shared(self) -> bool:
         return isinstance(self._module.get_output_embeddings(), tensor_parallel.GatheredLinear)
 
+    @property
+    def bare(self) -> Any | None:
+        """Its module, where our kernels have all its numbers; for one other version at a time."""
+        return None if self.native is None else self._module
+
     def again(self) -> LoadedModel:
         """Return the same weights as another version, which has adapters of its own.
 
@@ -130,13 +136,15 @@ class LoadedModel:
         proven: bool = False,
         made: Sequence[torch.Tensor] | None = None,
         shareable: bool = False,
+        room: Room | None = None,
     ) -> None:
         """Pack the weights, put our attention in, and prove both on a few tokens.
 
         Where a version that differs in its numbers alone was ``proven`` before, it is enough that
         these give logits at all, and so where ``made`` is what another rank packed and proved.
-        What others should map (``shareable``) is in no library's own layout. EngineError names
-        the model type and what does not hold.
+        What others should map (``shareable``) is in no library's own layout. What our kernels read
+        lies in ``room``, where there is one. EngineError names the model type and what does not
+        hold.
 
         Several architectures accept a foreign attention by name and never call it; others add
         terms of their own to the scores. Both would answer wrongly without a word.
@@ -157,7 +165,8 @@ class LoadedModel:
         ids = [(7 * i + 1) % self.vocab_size for i in range(length)]
         wanted = None if known else self._reference(ids, bool(kernels))
         if kernels:
-            self.native = NativeDecoder(kernels, self._module, self._quantization, made)
+            empty = room.empty if room else None
+            self.native = NativeDecoder(kernels, self._module, self._quantization, made, empty)
             self.weight_bytes = self.native.weight_bytes
         else:
             packing.pack_linears(self._module, self._quantization, shareable)
@@ -293,12 +302,14 @@ def read_model(
     ranks: int = 1,
     quantization: Quantization = "none",
     state: Mapping[str, torch.Tensor] | None = None,
+    like: LoadedModel | None = None,
 ) -> LoadedModel:
     """Read this rank's share of a causal decoder; safetensors only, no remote code.
 
-    ``state`` has the weights where ``directory`` has only what they need beside them. With several
-    ranks each must call this at the same time. Raises EngineError for what is no such model,
-    ConfigError for one that does not divide among the ranks.
+    ``state`` has the weights where ``directory`` has only what they need beside them; of ``like``,
+    which has the same configuration, the layers are used again. With several ranks each must call
+    this at the same time. Raises EngineError for what is no such model, ConfigError for one that
+    does not divide among the ranks.
     """
     # Imported here: the auto classes take seconds, and only a rank that loads needs them.
     from transformers.models.auto.configuration_auto import AutoConfig
@@ -315,7 +326,7 @@ def read_model(
         sharding = tensor_parallel.sharding_arguments(path, ranks)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if state is not None and device.type == "cpu" and ranks == 1:
-            module = _made_of(config, dtype, quantization, state)
+            module = _made_of(config, dtype, quantization, state, like and like.bare)
             if module is not None:
                 return LoadedModel(module, path, ranks, quantization, dtype)
         narrow = device.type == "cpu" and ranks == 1 and quantization == "none"
@@ -366,17 +377,21 @@ def _bare(config: Any, dtype: torch.dtype) -> Any | None:
 
 
 def _made_of(
-    config: Any, dtype: torch.dtype, quantization: Quantization, state: Mapping[str, torch.Tensor]
+    config: Any,
+    dtype: torch.dtype,
+    quantization: Quantization,
+    state: Mapping[str, torch.Tensor],
+    bare: Any | None = None,
 ) -> Any | None:
-    """Return a module whose parameters are the tensors of ``state``, the embedding a copy of its.
+    """Return a module whose parameters are the tensors of ``state``, until they are packed.
 
-    That one is computed with as it is; all others are packed, and ``state`` may go after that.
-    None where it takes transformers to read them: other names, shapes or types, other models.
+    ``bare`` is one that has none yet. None where it takes transformers to read them: other names,
+    shapes or types, other models.
     """
     read_as = _read_as(config, dtype, state) if quantization == "none" else dtype
     if {tensor.dtype for tensor in state.values()} != {read_as}:
         return None
-    module = _bare(config, read_as)
+    module = bare if bare is not None and bare.dtype == read_as else _bare(config, read_as)
     if module is None:
         return None
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set[str]()
@@ -384,10 +399,8 @@ def _made_of(
     if {name: tensor.shape for name, tensor in state.items()} != shapes:
         return None
     module.load_state_dict(state, strict=False, assign=True)
-    embedding = module.get_input_embeddings()
-    embedding.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     if tied:
-        module.lm_head.weight = embedding.weight
+        module.lm_head.weight = module.get_input_embeddings().weight
     return module.requires_grad_(False)
 
 

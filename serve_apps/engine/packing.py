@@ -61,7 +61,7 @@ class NativeLinear(_Packed):
 
     def _pack(self, weight: torch.Tensor, made: Iterable[torch.Tensor] | None = None) -> None:
         self._kept = layout.Kept(made)
-        self._matrix = layout.matrix(self._kept, weight, self.bias, self._quantization)
+        self._matrix = layout.matrix(self._kept, [weight], self.bias, self._quantization)
         self.nbytes = self._kept.nbytes
 
     @property

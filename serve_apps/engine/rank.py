@@ -163,6 +163,7 @@ class Rank(ABC):
                 if time.monotonic() >= beat_at:
                     beat_at = time.monotonic() + BEAT_S
                     self._send({"t": "beat", "n": self._steps})
+                    self._reader.tidy()
                 if not ready:
                     continue
                 data = self._sock.recv(1 << 16)

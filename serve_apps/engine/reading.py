@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import EngineError
+from serve_apps.engine.native.room import Rooms
 from serve_apps.engine.wire import RankSpec
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Reader:
         self._proven: set[str] = set()
         """Configurations of which a version was computed as its model does."""
         self._mapped = self._shelf()
+        self._rooms = Rooms()
 
     def model(
         self,
@@ -48,12 +50,21 @@ class Reader:
         model = self._twin(version, directory, held) if alone and not holder else None
         if model is None and alone and self._mapped:
             model = self._map(self._mapped, version, directory)
-        return model or self._read(version, directory, holder)
+        return model or self._read(version, directory, holder, held)
 
     def leave(self, version: str) -> None:
         """Take note that this rank has dropped a version."""
         if self._mapped:
             self._mapped.leave(version)
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes that are kept for the next version's weights."""
+        return self._rooms.spare_bytes
+
+    def tidy(self) -> None:
+        """Give back what is kept for a next version, when none has come for long."""
+        self._rooms.tidy()
 
     def close(self) -> None:
         """Leave all that is shared with other ranks; bounded."""
@@ -83,12 +94,11 @@ class Reader:
         """
         from cluster.weights.files import holds
 
-        shape = (directory / "config.json").read_text()
+        shape = _shape(directory)
         for other, model in held.items():
             if model.native is None or model.content is None:
                 continue
-            same = (model.directory / "config.json").read_text() == shape
-            if same and holds(directory, model.content):
+            if _shape(model.directory) == shape and holds(directory, model.content):
                 log.info("%s is what %s is: nothing is read", version, other)
                 if self._mapped:
                     self._mapped.again(version, other)
@@ -108,18 +118,26 @@ class Reader:
         log.info("%s: mapped in %.2f s", version, time.monotonic() - began)
         return model
 
-    def _read(self, version: str, directory: Path, holder: str | None) -> LoadedModel:
+    def _read(
+        self, version: str, directory: Path, holder: str | None, held: Mapping[str, LoadedModel]
+    ) -> LoadedModel:
         """Read and pack a version; where weights are shared, put it there and map it."""
         group, mapped, began = self._group, self._mapped, time.monotonic()
         # apart from reading: there transformers makes process groups, which torch numbers, and a
         # rank that failed before would be one behind in every load from then on
         fetched, shape = group.all_or_none(lambda: self._gather(version, directory, holder))
-        model = group.all_or_none(lambda: self._build(directory, fetched))
+        like = next((m for m in held.values() if m.bare and _shape(m.directory) == shape), None)
+        model = group.all_or_none(lambda: self._build(directory, fetched, like))
         read = time.monotonic()
         proven = shape in self._proven
+        room = None if mapped else self._rooms.room()
         group.all_or_none(
-            lambda: model.prepare(self._spec.step_timeout_s, proven, shareable=mapped is not None)
+            lambda: model.prepare(
+                self._spec.step_timeout_s, proven, shareable=mapped is not None, room=room
+            )
         )
+        if room and model.native:
+            self._rooms.lend(room, model.native)
         self._proven.add(shape)
         packed = time.monotonic()
         if mapped:
@@ -134,23 +152,37 @@ class Reader:
         self, version: str, directory: Path, holder: str | None
     ) -> tuple[Fetched | None, str]:
         """Return what the shelf has, checked, and config.json: a rank may fail here alone."""
-        told, fetched = directory / "config.json", None
+        fetched = None
         if holder:
             from cluster.weights.client import fetch
 
             fetched = fetch(version, holder)
-        return fetched, told.read_text() if told.is_file() else ""
+        return fetched, _shape(directory)
 
-    def _build(self, directory: Path, fetched: Fetched | None) -> LoadedModel:
+    def _build(
+        self, directory: Path, fetched: Fetched | None, like: LoadedModel | None
+    ) -> LoadedModel:
         from serve_apps.engine.model import read_model
 
         spec = self._spec
         state = tensors_of(fetched) if fetched else None
         model = read_model(
-            str(directory), self._device, self._dtype, spec.num_ranks, spec.quantization, state
+            str(directory),
+            self._device,
+            self._dtype,
+            spec.num_ranks,
+            spec.quantization,
+            state,
+            like,
         )
         model.content = fetched.bundle.tensors if fetched else None
         return model
+
+
+def _shape(directory: Path) -> str:
+    """Return what tells whether two versions differ in their numbers alone."""
+    told = directory / "config.json"
+    return told.read_text() if told.is_file() else ""
 
 
 def tensors_of(fetched: Fetched) -> dict[str, torch.Tensor]:

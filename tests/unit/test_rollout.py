@@ -113,6 +113,7 @@ def test_what_does_not_fit_is_refused_with_numbers(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(room, "free_bytes", lambda: GB)
     with pytest.raises(NotEnough, match=r"tiny@2 needs 1,000 MB.*has 1,000 MB free"):
         room.check(NEW, 250_000_000, info())
+    room.check(NEW, 250_000_000, info(), spare=500_000_000)
     room.check(NEW, 250_000_000, info(dtype="bfloat16"))
     room.check(NEW, 250_000_000, info(device="cuda"))
     room.check(NEW, None, info())

@@ -58,12 +58,16 @@ class NativeDecoder:
         module: Any,
         quantization: Quantization = "none",
         made: Iterable[torch.Tensor] | None = None,
+        empty: layout.Empty | None = None,
     ) -> None:
-        """``made``: the ``tensors`` of another one of these weights; ``module`` is bare then."""
+        """``made``: the ``tensors`` of another one of these weights; ``module`` is bare then.
+
+        Else ``empty`` says where the packed ones are to lie. ``module`` is bare afterwards.
+        """
         self._library, config = library, module.config
-        self._kept = kept = Kept(made)
+        self._kept = kept = Kept(made, empty)
         embedding = module.get_input_embeddings().weight.detach()
-        self._embedding = kept.keep(lambda: layout.narrowed(embedding))
+        self._embedding = kept.copy(lambda: layout.narrowed(embedding))
         self._rotary = module.model.rotary_emb
         self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
         layers = module.model.layers
@@ -84,10 +88,9 @@ class NativeDecoder:
             scale=attention.scaling,
             layer=self._layers,
             last_norm=kept.vector(module.model.norm.weight),
-            head=matrix(kept, module.lm_head.weight, module.lm_head.bias, quantization),
+            head=matrix(kept, [module.lm_head.weight], module.lm_head.bias, quantization),
         )
-        for linear in (module.lm_head, module.get_input_embeddings()):
-            linear.weight = layout.emptied(linear.weight)
+        layout.empty_all(module)
         self._cache: KVCache | None = None
         self.seconds: torch.Tensor | None = None
         """Set to float64 zeros, one for each of ``layout.PARTS``, to have time added up there."""
@@ -168,20 +171,19 @@ class NativeDecoder:
             inner_norm=kept.vector(layer.post_attention_layernorm.weight),
             qkv=matrix(
                 kept,
-                torch.cat([linear.weight for linear in three]),
+                [linear.weight for linear in three],
                 None if biases[0] is None else torch.cat(biases),
                 quantization,
             ),
-            output=matrix(kept, attention.o_proj.weight, attention.o_proj.bias, quantization),
+            output=matrix(kept, [attention.o_proj.weight], attention.o_proj.bias, quantization),
             gate_up=matrix(
-                kept, mlp.gate_proj.weight, None, quantization, partner=mlp.up_proj.weight
+                kept, [mlp.gate_proj.weight], None, quantization, partner=mlp.up_proj.weight
             ),
-            down=matrix(kept, mlp.down_proj.weight, None, quantization),
+            down=matrix(kept, [mlp.down_proj.weight], None, quantization),
             cache=layout.Cache(window=_window(attention)),
         )
         # The packed copies replace the weights: a version's memory is not held twice.
-        for linear in (*three, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-            linear.weight = layout.emptied(linear.weight)
+        layout.empty_all(layer)
         return made
 
 

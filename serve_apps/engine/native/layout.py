@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,8 @@ from cluster.errors import EngineError
 PANEL = 16
 """Outputs of a panel, and tokens of a block of the cache: the kernels' NR."""
 Quantization = Literal["none", "int8"]
+Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+"""Makes a tensor of a shape whose numbers are still to be written."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -144,12 +146,16 @@ def agree(library: ctypes.CDLL) -> bool:
 class Kept:
     """Tensors that structures point into; they live as long as this."""
 
-    def __init__(self, made: Iterable[torch.Tensor] | None = None) -> None:
+    def __init__(
+        self, made: Iterable[torch.Tensor] | None = None, empty: Empty | None = None
+    ) -> None:
         """``made``: what another one kept of the same weights, in its order, to be taken as it is.
 
-        Then nothing is computed, and the weights may have shapes alone.
+        Then nothing is computed, and the weights may have shapes alone. Else ``empty`` says where
+        matrices are to lie.
         """
         self.tensors: list[torch.Tensor] = []
+        self.empty: Empty = empty or _empty
         self._made = None if made is None else iter(made)
 
     def keep(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -168,23 +174,34 @@ class Kept:
         """Keep a float32 copy, padded with zeros to whole panels."""
         return None if tensor is None else self.pointer(lambda: _padded(tensor))
 
+    def copy(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Keep a copy of what ``make`` returns."""
+
+        def copied() -> torch.Tensor:
+            tensor = make()
+            return self.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+        return self.keep(copied)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
 def _padded(vector: torch.Tensor) -> torch.Tensor:
-    wide = vector.detach().float().reshape(-1)
-    return torch.nn.functional.pad(wide, (0, -len(wide) % PANEL)).contiguous()
+    wide = torch.zeros(-(-vector.numel() // PANEL) * PANEL)
+    wide[: vector.numel()] = vector.detach().reshape(-1)
+    return wide
 
 
 def panels(weight: torch.Tensor) -> torch.Tensor:
     """Return ``[outputs, inputs]`` as ``[panels, inputs, 16]``, padded with zeros."""
-    outputs, inputs = weight.shape
-    short = -outputs % PANEL
-    padded = torch.nn.functional.pad(weight, (0, 0, 0, short)) if short else weight.contiguous()
-    return padded.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+    return _in_turns([[weight]], _empty)
 
 
 def narrowed(weight: torch.Tensor) -> torch.Tensor:
@@ -204,6 +221,14 @@ def emptied(weight: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(weight.detach().to("meta"), requires_grad=False)
 
 
+def empty_all(module: Any) -> None:
+    """Take all numbers from the parameters below ``module``, which keep shapes and dtypes."""
+    for part in module.modules():
+        for name, one in list(part.named_parameters(recurse=False)):
+            if one.device.type != "meta":
+                setattr(part, name, emptied(one))
+
+
 def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int8 values and one float32 scale for each output: symmetric, round to nearest."""
     wide = weight.detach().float()
@@ -213,16 +238,21 @@ def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def matrix(
     kept: Kept,
-    weight: torch.Tensor,
+    weights: Sequence[torch.Tensor],
     bias: torch.Tensor | None,
     quantization: Quantization = "none",
     partner: torch.Tensor | None = None,
 ) -> Matrix:
-    """Pack a weight ``[outputs, inputs]``; with ``partner`` the panels of both take turns."""
-    both = [one.detach() for one in (weight, partner) if one is not None]
-    pack = cache(lambda: _packed(both, quantization))
+    """Pack weights ``[outputs, inputs]``, one after the other.
+
+    With a ``partner`` the panels of the one weight and of the partner take turns.
+    """
+    parts = [one.detach() for one in weights]
+    turns = [parts] if partner is None else [parts, [partner.detach()]]
+    pack = cache(lambda: _packed(turns, quantization, kept.empty))
     data = kept.keep(lambda: pack()[0])
-    shape = -(-weight.shape[0] // PANEL) * len(both), weight.shape[1], PANEL
+    outputs, inputs = sum(len(one) for one in parts), parts[0].shape[1]
+    shape = -(-outputs // PANEL) * len(turns), inputs, PANEL
     if data.shape != shape or not data.is_contiguous():
         raise EngineError(f"packed weights of shape {tuple(data.shape)} lie where {shape} should")
     return Matrix(
@@ -230,23 +260,46 @@ def matrix(
         scale=kept.pointer(lambda: pack()[1]) if quantization == "int8" else None,
         bias=kept.vector(bias),
         type=TYPES[data.dtype],
-        outputs=weight.shape[0] * len(both),
-        inputs=weight.shape[1],
+        outputs=outputs * len(turns),
+        inputs=inputs,
     )
 
 
+Turns = Sequence[Sequence[torch.Tensor]]
+"""Weights whose panels take turns; each is one after the other of its parts ``[outputs, inputs]``.
+"""
+
+
 def _packed(
-    weights: list[torch.Tensor], quantization: Quantization
+    turns: Turns, quantization: Quantization, empty: Empty
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the panels of weights that take turns, and their scales, where there are any."""
+    """Return the panels, and their scales, where there are any."""
     if quantization == "none":
-        narrow = [narrowed(one) for one in weights]
-        same = len({one.dtype for one in narrow}) == 1
-        return _in_turns([panels(one) for one in (narrow if same else weights)]), torch.empty(0)
-    values, scales = zip(*(quantized(one) for one in weights), strict=True)
-    padded = [torch.nn.functional.pad(s, (0, -len(s) % PANEL)).view(-1, PANEL) for s in scales]
-    return _in_turns([panels(one) for one in values]), _in_turns(padded)
+        narrow = [[narrowed(one) for one in parts] for parts in turns]
+        same = len({one.dtype for parts in narrow for one in parts}) == 1
+        return _in_turns(narrow if same else turns, empty), torch.empty(0)
+    values, scales = list[list[torch.Tensor]](), list[torch.Tensor]()
+    for parts in turns:
+        value, scale = quantized(torch.cat(list(parts)))
+        values.append([value])
+        scales.append(torch.nn.functional.pad(scale, (0, -len(scale) % PANEL)).view(-1, PANEL))
+    return _in_turns(values, empty), torch.stack(scales, dim=1).flatten(0, 1).contiguous()
 
 
-def _in_turns(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(parts, dim=1).flatten(0, 1).contiguous()
+def _in_turns(turns: Turns, empty: Empty) -> torch.Tensor:
+    """Return ``[panels, inputs, 16]``, padded with zeros; written once, without a copy between."""
+    rows, inputs = sum(len(part) for part in turns[0]), turns[0][0].shape[1]
+    out = empty((-(-rows // PANEL), len(turns), inputs, PANEL), turns[0][0].dtype)
+    for turn, parts in enumerate(turns):
+        even = all(len(part) % PANEL == 0 for part in parts[:-1])
+        at = 0
+        for part in parts if even else [torch.cat(list(parts))]:
+            whole = len(part) // PANEL
+            panels = part[: whole * PANEL].view(whole, PANEL, inputs).transpose(1, 2)
+            out[at : at + whole, turn] = panels
+            at += whole
+            if whole * PANEL < len(part):
+                rest = part[whole * PANEL :]
+                out[at, turn] = 0
+                out[at, turn, :, : len(rest)] = rest.t()
+    return out.flatten(0, 1)
