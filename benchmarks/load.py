@@ -53,6 +53,8 @@ class Answer:
     finish: str | None = None
     sent: float = 0.0
     """When its request was sent, on the monotonic clock."""
+    pieces: tuple[bytes, ...] = ()
+    """The bytes of each token, where ``logprobs`` were asked for."""
 
 
 class Events:
@@ -126,6 +128,7 @@ class Connection:
         events, times = Events(), list[float]()
         usage: dict[str, Any] = {}
         text, versions, finish = list[str](), dict[str, None](), None
+        pieces = list[bytes]()
         while True:
             size = int((await reader.readline()).split(b";")[0], 16)
             piece = await reader.readexactly(size)
@@ -143,6 +146,8 @@ class Connection:
                 said = [choice["delta"].get("content") for choice in event.get("choices", ())]
                 for choice in event.get("choices", ()):
                     finish = choice.get("finish_reason") or finish
+                    scored = (choice.get("logprobs") or {}).get("content") or ()
+                    pieces += [bytes(token["bytes"]) for token in scored]
                 if any(said):
                     times.append(now)
                     text += [piece for piece in said if piece]
@@ -163,6 +168,7 @@ class Connection:
             tuple(versions),
             finish,
             sent,
+            tuple(pieces),
         )
 
 

@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         samples["nodes"] = measure_nodes(args)
     with Rig(args.model) if set(args.parts) - {"nodes"} else nullcontext() as rig:
         if "updates" in args.parts or "leaks" in args.parts:
-            with rig.deployed(replicas=2, streams=args.streams) as endpoint:
+            step = {"max_batch_tokens": args.step_tokens}
+            with rig.deployed(replicas=2, streams=args.streams, **step) as endpoint:
                 if "updates" in args.parts:
                     samples["updates"] = measure_updates(rig, endpoint, args)
                 if "leaks" in args.parts:
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = {
         "model": model_label(args.model),
         "streams": args.streams,
+        "step_tokens": args.step_tokens,
         "updates": args.updates,
         "new_tokens": args.new_tokens,
         "dtype": "float32",
@@ -80,6 +82,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--updates", type=int, default=50, help="of the leak check")
     parser.add_argument("--steady-s", type=float, default=40.0, help="of load before an update")
+    parser.add_argument(
+        "--step-tokens", type=int, default=64, help="at most in a step: who waits for a prompt"
+    )
     parser.add_argument("--new-tokens", type=int, default=64)
     args = parser.parse_args(argv)
     args.model = (args.model or default_model()).resolve()
@@ -99,11 +104,11 @@ def ratios(samples: dict[str, dict[str, list[float]]]) -> dict[str, float]:
             found[name] = told[name][0]
     for name in ("full", "lora"):
         if told := samples.get(f"trainer-{name}"):
-            found[f"trainer_to_live_s_{name}"] = told["to_first_token_s"][0]
+            found[f"trainer_to_live_s_{name}"] = statistics.median(told["to_first_token_s"])
     if told := samples.get("restarts"):
         for name in ("restart_s_file", "restart_s_vllm"):
             if name in told:
-                found[name] = told[name][0]
+                found[name] = statistics.median(told[name])
     if told := samples.get("memory-shelf"):
         disk = samples["memory-files"]
         found["pss_weights_4_replicas_vs_1"] = (

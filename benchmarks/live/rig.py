@@ -61,7 +61,9 @@ class Rig:
         return told
 
     @contextlib.contextmanager
-    def deployed(self, replicas: int, streams: int, weights: str = "packed") -> Iterator[Endpoint]:
+    def deployed(
+        self, replicas: int, streams: int, weights: str = "packed", **more: Any
+    ) -> Iterator[Endpoint]:
         """Serve the model under its newest version; take it away again afterwards."""
         engine = {
             "max_model_len": 512,
@@ -69,6 +71,7 @@ class Rig:
             "threads": max(1, (os.cpu_count() or 1) // replicas),
             "dtype": "float32",
             "weights": weights,
+            **more,
         }
         model = {"model": f"{NAME}@live", "replicas": replicas, "num_cpus": 0.5, "engine": engine}
         config = BASE / "live.yaml"

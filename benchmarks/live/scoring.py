@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,15 @@ def unexplained(model: Path, answers: Sequence[tuple[str, Answer]]) -> tuple[int
     for one in answers:
         by_version.setdefault(one[1].versions[0], []).append(one)
     numbers = {version(n): n for n in range(1, 4)} | {f"{NAME}@1": 0}
+    ids = dict[bytes, int]()
     for ref, some in sorted(by_version.items()):
         module = opened(model, numbers[ref])
-        wrong += sum(not fits(module, text, *one) for one in some)
+        for number in range(module.config.vocab_size):
+            ids.setdefault(text.piece(number), number)
+        wrong += sum(not fits(module, text, ids, *one) for one in some)
         others = [one for other, part in by_version.items() if other != ref for one in part[:8]]
         for one in others[:CONTROL]:
-            explained += fits(module, text, *one)
+            explained += fits(module, text, ids, *one)
             compared += 1
     return wrong, explained / max(1, compared)
 
@@ -48,12 +51,19 @@ def opened(model: Path, number: int) -> Any:
     return module.eval()
 
 
-def fits(module: Any, text: ChatText, question: str, answer: Answer) -> bool:
-    """Say whether each token of an answer was the most likely one, but for rounding."""
+def fits(
+    module: Any, text: ChatText, ids: Mapping[bytes, int], question: str, answer: Answer
+) -> bool:
+    """Say whether each token of an answer was the most likely one, but for rounding.
+
+    Its text, encoded again, need not give the tokens that were sampled: their bytes do.
+    """
     prompt = list(text.encode_chat([{"role": "user", "content": question}]))
-    said = list(text.encode(answer.text, begin=False))
-    if answer.finish == "stop":
+    said = [ids[piece] for piece in answer.pieces]
+    if answer.finish == "stop" and len(said) < answer.tokens:
         said.append(text.eos_ids[0])
+    if len(said) != answer.tokens:
+        return False
     with torch.inference_mode():
         logits = module(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
     lost = logits.amax(dim=-1) - logits.gather(1, torch.tensor(said)[:, None])[:, 0]

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 import requests
@@ -90,7 +90,8 @@ def measure_updates(rig: Rig, endpoint: Endpoint, args: argparse.Namespace) -> S
     flips: list[float] = []
     for number in (1, 2, 3):
         rig.shelf(make=number)
-    with Load(endpoint, args.streams, args.new_tokens, endless()) as load:
+    scored = replace(endpoint, extra={"logprobs": True})  # they name the tokens that were sampled
+    with Load(scored, args.streams, args.new_tokens, endless()) as load:
         time.sleep(args.steady_s)
         steady_until = time.monotonic()
         for number in (1, 2, 3):

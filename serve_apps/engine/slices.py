@@ -8,8 +8,9 @@ import os
 import struct
 import sys
 
-SLICE_NS = 20_000_000
-"""About ten times the kernel's own; it takes 0.1 to 100 ms."""
+SLICE_NS = 5_000_000
+"""A few times the kernel's own (it takes 0.1 to 100 ms): of 20 ms a rank beside a trainer, which
+has as much of the core in turn, makes its clients wait three times as long."""
 SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 """Of ``sched_setattr(2)``, for which glibc has a function only since 2.41."""
 # size, policy (SCHED_OTHER), flags, nice, priority, runtime, deadline, period
