@@ -23,7 +23,6 @@ from cluster.errors import EngineError, RoundhouseError
 from serve_apps.engine.native import build
 from serve_apps.engine.plan import StepPlan
 from serve_apps.engine.reading import Reader, tensors_of
-from serve_apps.engine.slices import ask_for_long_slices
 from serve_apps.engine.wire import Frames, RankSpec, pack
 
 if TYPE_CHECKING:
@@ -76,8 +75,6 @@ class Rank(ABC):
         self._send({**hello, "device": self._device.type})
         self._start_loader()
         threading.Thread(target=self._read, name="reader", daemon=True).start()
-        if self._device.type == "cpu":
-            ask_for_long_slices()
         try:
             self._loop()
         finally:
