@@ -83,7 +83,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--updates", type=int, default=50, help="of the leak check")
     parser.add_argument("--steady-s", type=float, default=40.0, help="of load before an update")
     parser.add_argument(
-        "--step-tokens", type=int, default=64, help="at most in a step: who waits for a prompt"
+        "--step-tokens", type=int, default=32, help="at most in a step: who waits for a prompt"
     )
     parser.add_argument("--new-tokens", type=int, default=64)
     args = parser.parse_args(argv)

@@ -99,13 +99,15 @@ def answering(rig: Rig) -> str:
 
 
 def restarts(rig: Rig, args: argparse.Namespace) -> Samples:
-    """Start a server on new files instead: ours, and vLLM's, each from nothing to a first token."""
+    """Start a server on new files instead: ours, and vLLM's, each from nothing to a first token.
+
+    Once: it takes several times as long.
+    """
     told: Samples = {}
-    for _ in range(args.rounds):
-        began = time.monotonic()
-        with rig.deployed(replicas=1, streams=CLIENTS):
-            told.setdefault("restart_s_file", []).append(time.monotonic() - began)
-        if missing(VLLM) is None:
-            with vllm_server(Setup(args.model, args.threads, "float32")) as running:
-                told.setdefault("restart_s_vllm", []).append(running.ready_s)
+    began = time.monotonic()
+    with rig.deployed(replicas=1, streams=CLIENTS):
+        told["restart_s_file"] = [time.monotonic() - began]
+    if missing(VLLM) is None:
+        with vllm_server(Setup(args.model, args.threads, "float32")) as running:
+            told["restart_s_vllm"] = [running.ready_s]
     return told
