@@ -89,7 +89,7 @@ class Rig:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.live.publisher", str(self.model)],
                 cwd=ROOT, env=self.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True,
+                text=True, start_new_session=True,
             )  # fmt: skip
             self._read()
         assert self._process.stdin
