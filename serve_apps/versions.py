@@ -67,7 +67,8 @@ class Versions:
         self._texts: dict[str, ChatText] = {}
         self._bases: dict[str, str] = {}  # of live versions that are an addition to another
         self._active: str | None = None
-        self._failed: dict[str, str] = {}
+        self._failed: dict[str, str] = {}  # what is wanted and cannot be loaded, and why
+        self._past: dict[str, str] = {}  # failed live ones that are gone; until another answers
         self._pinned: frozenset[str] = frozenset()  # bases that adapters need
         self._adapters: tuple[dict[str, str], tuple[str, ...]] = ({}, ())
         self._unfit: dict[str, str] = {}  # adapters, and why
@@ -234,7 +235,8 @@ class Versions:
             await asyncio.gather(*self._draining.values())
             if await self.sleeper.sleep():
                 self._need, self.slept = need, self.slept + 1
-                self._texts, self._bases, self._failed, self._active = {}, {}, {}, None
+                self._texts, self._bases, self._active = {}, {}, None
+                self._failed, self._past = {}, {}
         elif self.sleeper.asleep and not order.asleep:
             await self.sleeper.wake()
         return not self.sleeper.asleep
@@ -250,7 +252,9 @@ class Versions:
         if not await self._rest(order):
             return
         wanted = {version for version in (order.active, order.also, *self._pinned) if version}
+        told = self._past | self._failed
         self._failed = {v: why for v, why in self._failed.items() if v in wanted}
+        self._past = {v: why for v, why in told.items() if v not in wanted and Ref.parse(v).live}
         for version in sorted(wanted - set(self._texts) - set(self._failed)):
             try:
                 await self._load(version)
@@ -260,7 +264,7 @@ class Versions:
             await self._tell()
         if order.active in self._texts and order.active != self._active:
             await self._engine.activate(order.active)
-            before, self._active = self._active, order.active
+            before, self._active, self._past = self._active, order.active, {}
             log.info("%s answers", order.active)
             await self._move(before, order.active, order.update)
             await self._tell()
@@ -372,7 +376,7 @@ class Versions:
         return Report(
             active,
             held,
-            self._unfit | self._failed,
+            self._unfit | self._past | self._failed,
             *self._adapters,
             *where,
             self.sleeper.asleep,

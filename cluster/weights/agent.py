@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from cluster.errors import LibraryError, UnknownModel
+from cluster.errors import Corrupt, LibraryError, UnknownModel
 from cluster.library.ref import Ref
 from cluster.library.store import Library
 from cluster.weights.blocks import Place, Store, blocks, read
@@ -65,6 +65,7 @@ class Agent:
         self._making: dict[str, threading.Lock] = {}
         self._makers: dict[str, tuple[str, float]] = {}  # who prepares a form, and until when
         self._places: dict[str, Place] = {}
+        self._spoilt = set[str]()  # versions that were dropped because a piece was damaged
         self._desk, self._given = Desk(clock), 0  # bytes lent so far
         self._told_spilled, self._looked_at = 0, clock()
 
@@ -96,6 +97,7 @@ class Agent:
         """
         with self._lock:
             self._inventory.finish(parcel, bundle, self._clock())
+            self._spoilt.discard(bundle.ref)
             self._inventory.sweep(self._clock())
             self._forget_pieces()
         if tell:
@@ -195,17 +197,23 @@ class Agent:
                 self._forget_pieces()
 
     def damaged(self, piece: str) -> bool:
-        """Look at a piece that a reader found damaged; forget it if it is, and say so.
+        """Look at a piece that a reader found damaged; if it is, forget it and what it is part of.
 
-        Else whoever brings the same bytes once more would be told that they are here.
+        Else whoever brings the same bytes once more would be told that they are here, and a run's
+        newest version would be one that nobody can load. Other nodes keep what they have.
         """
         with self._lock:
             place = self._places.get(piece)
             if place is None or hash_of(read(self._store, [place])[0]) == piece:
                 return False
-            self._inventory.lost(piece)
-            del self._places[piece]
-            return True
+            spoilt = self._inventory.lost(piece)
+            self._spoilt |= set(spoilt)
+            self._inventory.sweep(self._clock())
+            self._forget_pieces()
+        for ref in spoilt:
+            if not is_form(ref):
+                self._elsewhere.lost(ref)
+        return True
 
     def users(self, ref: str) -> int:
         """Return how many have a version leased here."""
@@ -281,6 +289,8 @@ class Agent:
             self._fetch(found)
         elif Ref.parse(ref).version:
             self._read(ref)
+        elif ref in self._spoilt:
+            raise self._damaged_here(ref)
         else:
             raise UnknownModel(
                 f"{ref} is on no node's shelf any more; its run publishes the next one, or see "
@@ -302,7 +312,8 @@ class Agent:
                 uuid.uuid4().hex[:12],
             ).run()
         except BaseException:
-            self._elsewhere.lost(bundle.ref)
+            if bundle.ref not in self._inventory.versions:  # else it keeps offering its part
+                self._elsewhere.lost(bundle.ref)
             self.abandon(parcel)
             raise
         self.finish(parcel, bundle)
@@ -347,9 +358,17 @@ class Agent:
         return size
 
     def _leased(self, ref: str, holder: str) -> Taken:
+        if not self._inventory.whole(ref):  # somebody has just found damage
+            raise self._damaged_here(ref)
         self._inventory.lease(ref, holder, self._clock())
         bundle = self._inventory.versions[ref].bundle
         return bundle, {piece: self._places[piece] for piece in bundle.pieces}
+
+    def _damaged_here(self, ref: str) -> Corrupt:
+        return Corrupt(
+            f"a shard of {ref} on this node differs from its hash, and no other node has it; "
+            "publish it again"
+        )
 
     def _pinned(self, ref: str) -> bool:
         """Say whether an alias of the library means a version."""

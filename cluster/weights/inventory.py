@@ -116,9 +116,13 @@ class Inventory:
         if held := self.versions.get(ref):
             held.leases.pop(holder, None)
 
-    def lost(self, piece: str) -> None:
-        """Forget a piece that is no good: versions that have it are not whole until it comes."""
+    def lost(self, piece: str) -> list[str]:
+        """Forget a piece that is no good, and the versions that it is part of; return those."""
         self.pieces.pop(piece, None)
+        spoilt = [ref for ref, held in self.versions.items() if piece in held.bundle.pieces]
+        for ref in spoilt:
+            self.drop(ref)
+        return spoilt
 
     def drop(self, ref: str) -> None:
         """Forget a version, whoever uses it; `sweep` takes its pieces."""

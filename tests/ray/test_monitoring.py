@@ -25,13 +25,16 @@ from tests.unit.serving_fixtures import publish
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-NAME = "measured"
+NAME, NAPPING = "measured", "napping"
 PROMPT = "canary-of-the-prompt-7f3a"
 SERVE = f"""
 models:
   - model: {NAME}
     drain_s: 2
     engine: {{kind: fake, token_delay_s: 0.01, max_concurrent: 2}}
+  - model: {NAPPING}
+    idle_s: 4
+    engine: {{kind: fake}}
 """
 SEEN_S = 150.0
 """Ray passes numbers on every 10 s, Prometheus asks every 10 s, and a rate needs two answers."""
@@ -57,8 +60,9 @@ for step in range(1, 300):
 class Load(threading.Thread):
     """A client that streams until it is told to end, and counts the tokens that it got."""
 
-    def __init__(self, rig: Rig, key: str) -> None:
+    def __init__(self, rig: Rig, key: str, model: str = NAME, pause_s: float = 0.0) -> None:
         super().__init__(daemon=True)
+        self._model, self._pause_s = model, pause_s
         self._url, self._key = f"{rig.cluster.serve_url}/v1/chat/completions", key
         self._end = threading.Event()
         self.tokens = self.answers = 0
@@ -66,7 +70,7 @@ class Load(threading.Thread):
 
     def run(self) -> None:
         body = {
-            "model": NAME,
+            "model": self._model,
             "messages": [{"role": "user", "content": PROMPT}],
             "max_tokens": 8,
             "stream": True,
@@ -82,6 +86,7 @@ class Load(threading.Thread):
             except Exception as error:
                 self.failures.append(repr(error))
                 return
+            self._end.wait(self._pause_s)
 
     def finish(self) -> None:
         self._end.set()
@@ -90,15 +95,17 @@ class Load(threading.Thread):
 
 @pytest.fixture(scope="module")
 def measured(cluster: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """The cluster with one model that answers."""
+    """The cluster with a model that answers, and one that sleeps when nobody asks for it."""
     place = tmp_path_factory.mktemp("monitoring")
     library = Library(cluster.home / "library")
-    publish(library, place, NAME)
-    library.move_alias(NAME, "champion", 1, None, "test")
+    for name in (NAME, NAPPING):
+        publish(library, place, name)
+        library.move_alias(name, "champion", 1, None, "test")
     (place / "serve.yaml").write_text(SERVE)
     cluster.run("deploy", str(place / "serve.yaml"), "--timeout", "90")
     yield cluster
-    cluster.run("undeploy", NAME, check=False)
+    for name in (NAME, NAPPING):
+        cluster.run("undeploy", name, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +124,16 @@ def load(measured: Rig, key: str) -> Iterator[list[Load]]:
     yield clients
     for client in clients:
         client.finish()
+
+
+@pytest.fixture(scope="module")
+def sleeper(measured: Rig, key: str) -> Iterator[None]:
+    """Somebody who asks so seldom that the model falls asleep in between."""
+    client = Load(measured, key, NAPPING, pause_s=20)
+    client.start()
+    yield
+    client.finish()
+    assert client.failures == []
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +195,7 @@ def ask(url: str, expr: str) -> list[float]:
     return [float(one["value"][1]) for one in answer["data"]["result"]]
 
 
-@pytest.mark.usefixtures("load", "training")
+@pytest.mark.usefixtures("load", "sleeper", "training")
 def test_every_panel_shows_data_through_a_real_prometheus(prometheus: str) -> None:
     missing = {
         f"{panel.title}: {query.legend}": query.expr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import UnknownModel
+from cluster.errors import Corrupt, UnknownModel
 from cluster.library.ref import Update
 from cluster.library.store import Library
 from cluster.weights import client
@@ -58,6 +58,7 @@ class Shelf:
     holder: str = "r0"
     left: list[str] = field(default_factory=list)
     update: Update | None = None
+    broken: set[str] = field(default_factory=set)
 
     async def open(self) -> None:
         pass
@@ -65,6 +66,8 @@ class Shelf:
     async def bring(self, version: str) -> Path:
         if version not in (FIRST, SECOND):
             raise UnknownModel(version)
+        if version in self.broken:
+            raise Corrupt(f"{version} is damaged")
         told = {"peft_type": "LORA", "base_model_name_or_path": self.base}
         (self.folder / "adapter_config.json").write_text(json.dumps(told))
         return self.folder
@@ -77,6 +80,36 @@ class Shelf:
 
     async def leave(self, version: str) -> None:
         self.left.append(version)
+
+
+async def test_what_failed_is_told_until_another_version_answers(tmp_path: Path) -> None:
+    library = Library(tmp_path / "library")
+    publish(library, tmp_path)
+    library.move_alias("tiny", "live", 1, None, "test")
+    settings = Fake(kind="fake")
+    engine, board = FakeEngine(settings), Board(Order("tiny@1"))
+    (tmp_path / "shelf").mkdir()
+    shelf = Shelf(tmp_path / "shelf", "tiny@1", broken={FIRST})
+    config = ModelConfig(model="tiny@live", engine=settings, drain_s=5.0)
+    versions = Versions(config, engine, library, board, "r0", shelf)
+    told = lambda: versions._report().failed  # noqa: E731
+    await engine.start()
+    await versions.start()
+    try:
+        board.order = Order(FIRST)
+        await until(lambda: FIRST in told(), "it cannot be loaded")
+        board.order = Order("tiny@1")  # nobody wants it any more: it has left the shelf
+        await until(lambda: versions._order == board.order, "the order has come")
+        await until(lambda: not versions._failed, "and is obeyed")
+        assert "damaged" in told()[FIRST]
+        assert versions.pick(None)[0] == "tiny@1"
+        shelf.broken.clear()
+        board.order = Order(FIRST)
+        await until(lambda: versions.pick(None)[0] == FIRST, "published again, it is tried again")
+        await until(lambda: told() == {}, "and nothing is told of it any more")
+    finally:
+        await versions.stop()
+        await engine.stop()
 
 
 async def test_an_addition_answers_beside_its_base_and_both_go_in_their_order(

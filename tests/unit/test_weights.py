@@ -391,19 +391,61 @@ def test_many_nodes_take_from_each_other_and_not_all_from_the_first(clock: Clock
     assert len(network.asked) > 2
 
 
-def test_RC02_a_damaged_piece_is_forgotten_and_may_come_again(clock: Clock) -> None:
-    agent = Network().join("a", 10_000, clock)
-    good = put(agent, "m@1", array(1))
-    lie = bundle_of("m@2", array(2))
-    [piece] = lie.pieces
+def spoilt(agent: Agent, ref: str) -> tuple[Bundle, str]:
+    """Put a version of two pieces, one of which is not what its hash says; return both."""
+    lie = bundle_of(ref, array(2), array(4))
+    piece, other = lie.pieces
     agent.begin("parcel", lie.pieces)
-    agent.put("parcel", {piece: array(3)})
+    agent.put("parcel", {piece: array(3), other: array(4)})
     agent.finish("parcel", lie)
+    return lie, piece
+
+
+def test_RC02_a_damaged_piece_is_forgotten_with_its_version_and_may_come_again(
+    clock: Clock,
+) -> None:
+    network = Network()
+    agent = network.join("a", 10_000, clock)
+    good = put(agent, "m@run.x.1", array(1))
+    _, piece = spoilt(agent, "m@run.x.2")
     assert agent.damaged(piece)
+    assert not agent.damaged(piece), "a second reader finds nothing left to forget"
     assert not agent.damaged(next(iter(good.pieces))), "what is good stays, whatever is said of it"
-    assert agent.status()["versions"]["m@2"]["whole"] is False
-    put(agent, "m@2", array(2))
-    assert lying(agent.take("m@2", "reader"))
+    assert set(agent.status()["versions"]) == set(network.bundles) == {"m@run.x.1"}
+    with pytest.raises(Corrupt, match="differs from its hash, .* publish it again"):
+        agent.take("m@run.x.2", "late")
+    put(agent, "m@run.x.2", array(2), array(4))
+    assert lying(agent.take("m@run.x.2", "reader"))
+
+
+def test_RC02_what_is_damaged_here_comes_from_a_node_that_has_it_whole(clock: Clock) -> None:
+    network = Network()
+    here, there = network.join("a", 10_000, clock), network.join("b", 10_000, clock)
+    lie, piece = spoilt(here, "m@run.x.2")
+    put(there, "m@run.x.2", array(2), array(4))
+    assert here.damaged(piece)
+    assert network.nodes["m@run.x.2"] == {"b"}
+    assert lying(here.take("m@run.x.2", "reader"))
+    assert network.nodes["m@run.x.2"] == {"a", "b"}
+    assert network.bundles["m@run.x.2"].digest == lie.digest
+
+
+def test_a_node_that_cannot_fetch_the_rest_goes_on_offering_its_part(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "LOST_S", 0.2)
+    network = Network()
+    here = network.join("a", 10_000, clock)
+    both = bundle_of("m@run.x.1", array(1), array(2))
+    mine = next(iter(both.pieces))
+    here.begin("parcel", {mine: both.pieces[mine]})
+    here.put("parcel", {mine: array(1)})
+    here.finish("parcel", both)
+    with pytest.raises((Corrupt, ClusterError)):
+        here.take("m@run.x.1", "reader")
+    assert network.nodes["m@run.x.1"] == {"a"}, "the other half is on a node that does not answer"
+    put(network.join("b", 10_000, clock), "m@run.x.1", array(1), array(2))
+    assert lying(here.take("m@run.x.1", "reader"))
 
 
 def test_who_uses_a_version_is_counted_until_it_leaves_or_falls_silent(clock: Clock) -> None:
