@@ -1,4 +1,4 @@
-"""A process on the cluster that puts versions on the shelf: noise on the model's weights.
+"""Puts versions on the shelf from an actor of the cluster: noise on the model's weights.
 
 One JSON question a line: ``{"make": 3}`` computes the weights of ``live@run.bench.3``,
 ``{"put": 3}`` puts them there, ``{"withdraw": 3}`` takes them away, ``{"replicas": true}`` tells
@@ -8,7 +8,6 @@ the object store.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -21,6 +20,8 @@ from safetensors.torch import load_file
 
 from benchmarks.live.rig import NAME, NOISE
 from serve_apps.config import model_app
+
+PUT_S = 120.0
 
 
 def version(number: int) -> str:
@@ -40,35 +41,53 @@ def weights(model: Path, number: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
+class Trainer:
+    """An actor that puts weights on the shelf; shares cores as a trainer's ranks do."""
+
+    def __init__(self, model: Path) -> None:
+        from cluster.weights.files import small_files
+
+        os.nice(19)
+        torch.set_num_threads(1)  # two of them would wait for each other beside busy ranks
+        self._model, self._files = model, small_files(model)
+        self._made: dict[int, dict[str, torch.Tensor]] = {}
+
+    def make(self, number: int) -> int:
+        """Compute the weights of a version."""
+        self._made[number] = weights(self._model, number)
+        return number
+
+    def put(self, number: int) -> dict[str, Any]:
+        """Put a version on the shelf; return how long that took, until when, and its bytes."""
+        from cluster.weights import client
+
+        # as many different weights as were made; their versions have numbers of their own
+        tensors = self._made[sorted(self._made)[(number - 1) % len(self._made)]]
+        began = time.monotonic()
+        bundle = client.publish(version(number), self._files, tensors.items(), f"{NAME}@1")
+        now = time.monotonic()
+        return {"seconds": now - began, "at": now, "bytes": bundle.nbytes}
+
+
 def main() -> int:
     """Answer until the input ends."""
     from cluster.session import connect, current
 
-    model = Path(sys.argv[1])
     connect(current())  # before Ray is imported
     import ray
     from ray import serve
 
     from cluster.weights import client
     from cluster.weights.actors import CALL_S, agents, asked
-    from cluster.weights.files import small_files
 
-    files, made = small_files(model), dict[int, dict[str, torch.Tensor]]()
-    torch.set_num_threads(1)  # two of them would wait for each other beside busy ranks
-    give_way()
+    trainer: Any = ray.remote(num_cpus=0)(Trainer).remote(Path(sys.argv[1]))
     _say({"ready": True})
     for line in sys.stdin:
         question: dict[str, Any] = json.loads(line)
         if "make" in question:
-            made[question["make"]] = weights(model, question["make"])
-            _say({"made": question["make"]})
+            _say({"made": asked(trainer.make.remote(question["make"]), PUT_S)})
         elif "put" in question:
-            # as many different weights as were made; their versions have numbers of their own
-            tensors = made[sorted(made)[(question["put"] - 1) % len(made)]]
-            began = time.monotonic()
-            bundle = client.publish(version(question["put"]), files, tensors.items(), f"{NAME}@1")
-            seconds = time.monotonic() - began
-            _say({"seconds": seconds, "at": time.monotonic(), "bytes": bundle.nbytes})
+            _say(asked(trainer.put.remote(question["put"]), PUT_S))
         elif "withdraw" in question:
             client.withdraw(version(question["withdraw"]))
             _say({"at": time.monotonic()})
@@ -82,16 +101,6 @@ def main() -> int:
             used = total["object_store_memory"] - free.get("object_store_memory", 0.0)
             _say({"shelf": sum(one["bytes"] for one in shelves), "store": used})
     return 0
-
-
-def give_way() -> None:
-    """Be as low as a trainer's ranks are on a node.
-
-    Linux may share cores out by session first (``autogroup``): within one alone nice has a meaning.
-    """
-    os.nice(19)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text("19")
 
 
 def _say(value: dict[str, Any]) -> None:
