@@ -297,12 +297,17 @@ class Fit:
         if version is None:
             return None
         self.world.report({"event": "published", "ref": version.ref})
-        if self.live:
-            self._settle(version)
+        self._settle(version)
         return version.ref
 
     def _settle(self, version: Version) -> None:
         """Let what answers as ``live`` answer with the version that lasts, and clear the shelf."""
+        from train_jobs.objectives.base import Shelving
+
+        policies = self.objective.on_shelf if isinstance(self.objective, Shelving) else None
+        prefixes = [one for one in (self.live and self.live.prefix, policies) if one]
+        if not prefixes:
+            return
         from cluster.library.ref import NEWEST
         from cluster.library.store import Library
         from cluster.weights.client import withdraw_run
@@ -311,8 +316,8 @@ class Fit:
         now = library.aliases(version.name).get(NEWEST)
         if now is not None:  # it is deployed so
             library.move_alias(version.name, NEWEST, version.number, now, self.run.id)
-        assert self.live, "the caller looks"
-        withdraw_run(self.live.prefix)
+        for prefix in prefixes:
+            withdraw_run(prefix)
 
 
 def is_contact_lost(error: RuntimeError) -> bool:

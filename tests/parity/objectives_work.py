@@ -129,6 +129,7 @@ def refreshed(
             "versions": [version.number for version in library.versions("policy")],
             "champion": now.number,
             "said": answers.said,
+            "staleness": [one["staleness"] for one in session.records if "staleness" in one],
             "same": all(torch.equal(stored[name], live[name].cpu()) for name in stored),
             "moved": any(
                 not torch.equal(stored[name], value)

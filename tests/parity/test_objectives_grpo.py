@@ -184,3 +184,4 @@ def test_the_app_is_given_the_weights_that_were_learnt(
     assert found["card"].startswith("# policy\n\nMade from `policy@1`: a policy in training")
     assert found["versions"] == [1, found["champion"]]  # the base's own stays
     assert list(dict.fromkeys(found["said"])) == ["policy@2", "policy@3", "policy@4"]
+    assert found["staleness"] == [0, 1, 0, 1]

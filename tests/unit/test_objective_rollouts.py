@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from cluster.errors import ConfigError, JobError
-from cluster.generation import Sample
+from cluster.generation import Answered, Ask, Sample
 from train_jobs.data.example import Document
 from train_jobs.objectives import rewards
 from train_jobs.objectives.grpo import grpo_loss
+from train_jobs.objectives.refresh import Refresh
 from train_jobs.objectives.rollout import (
     answer_document,
     build,
@@ -175,3 +178,46 @@ def test_a_run_that_cannot_generate_is_refused(changes: dict[str, object], told:
     fields = {"model": "m", "data": {"train": "/t.jsonl"}, "run": {"steps": 1}, **changes}
     with pytest.raises(ValueError, match=told):
         FinetuneConfig.model_validate({**fields, "objective": objective})
+
+
+class Late:
+    """A sampler one of whose replicas has not heard yet."""
+
+    def __init__(self, *said: str) -> None:
+        self.said, self.asked = list(said), list[int]()
+
+    def ask(self, asks: Sequence[Ask]) -> list[Answered]:
+        self.asked.append(len(asks))
+        return [Answered(self.said.pop(0) if self.said else "policy@1") for _ in asks]
+
+
+def refresh(sampler: Late, monkeypatch: pytest.MonkeyPatch) -> Refresh:
+    monkeypatch.setattr("train_jobs.objectives.refresh.time.sleep", lambda seconds: None)
+    made = Refresh("policy", SimpleNamespace(ref="policy@1"), 2, sampler)  # type: ignore[arg-type]
+    made._made, made._steps = {"policy@2": 0, "policy@3": 2}, 4
+    return made
+
+
+def test_what_a_late_replica_answered_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = Late("policy@3", "policy@1", "policy@2", "policy@1", "policy@3")
+    policy = refresh(sampler, monkeypatch)
+    found = policy.ask([Ask((1,), 1)] * 3)
+    assert [one.version for one in found] == ["policy@3", "policy@3", "policy@2"]
+    assert [policy.age(one.version) for one in found] == [1, 1, 3]
+    assert sampler.asked == [3, 1, 1]
+
+
+def test_an_app_that_somebody_else_changes_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 9000, 100))
+    with pytest.raises(JobError, match=r"policy answers with policy@1, which this run did not"):
+        refresh(Late(), monkeypatch).ask([Ask((1,), 1)], clock=lambda: next(now))
+
+
+def test_the_rewards_that_come_with_it_compare_with_a_column() -> None:
+    columns = {"answer": ["4", "4", " Paris\n"], "topic": ["sums", "sums", "towns"]}
+    said = ["4 \n", "it is 4", "paris"]
+    give = lambda name: rewards.scores(name, rewards.find(name), [[]] * 3, said, columns)  # noqa: E731
+    assert give("train_jobs.rewards:exact") == [1.0, 0.0, 0.0]
+    assert give("train_jobs.rewards:contains") == [1.0, 1.0, 0.0]
+    with pytest.raises(JobError, match="called with prompts, completions and topic"):
+        rewards.scores("x", rewards.find("train_jobs.rewards:exact"), [[]], ["a"], {"topic": ["b"]})

@@ -93,6 +93,15 @@ class Asking(Protocol):
 
 
 @runtime_checkable
+class Shelving(Protocol):
+    """An objective that puts versions of its own on the cluster's shelf while it trains."""
+
+    @property
+    def on_shelf(self) -> str | None:
+        """What their references begin with; None where it has put none there."""
+
+
+@runtime_checkable
 class Stepwise(Protocol):
     """An objective whose loss needs more of a step than one micro-batch of one rank."""
 

@@ -55,6 +55,7 @@ class GroupRelative(Decoder):
             "completions/clipped_ratio",
             "clip_ratio",
             *(("kl",) if settings.beta else ()),
+            *(("staleness",) if sampler else ()),
             *(f"rewards/{name.rpartition(':')[2]}/mean" for name in settings.rewards),
         )
 
@@ -80,8 +81,12 @@ class GroupRelative(Decoder):
             self._refresh.step(model)
         prompts = [(e, key) for b in batches for e, key in zip(b.examples, b.keys, strict=True)]
         count = self.settings.num_generations
-        groups = iter(self._generate(model, prompts, count, self.settings.temperature))
-        return [self._rollout(batch, [next(groups) for _ in batch.examples]) for batch in batches]
+        groups, ages = self._generate(model, prompts, count, self.settings.temperature)
+        rollouts, at = [], 0
+        for batch in batches:
+            these = slice(at, at := at + len(batch.examples))
+            rollouts.append(self._rollout(batch, groups[these], ages[these]))
+        return rollouts
 
     def loss(self, model: Any, batch: Rollout) -> Loss:
         """Sum over the tokens, each with its share."""
@@ -98,6 +103,11 @@ class GroupRelative(Decoder):
         if kl_K is not None:
             figures["kl"] = (float(kl_K.detach().sum()), tokens)
         return Loss((terms_K * batch.shares_K).sum(), figures)
+
+    @property
+    def on_shelf(self) -> str | None:
+        """See :class:`train_jobs.objectives.base.Shelving`."""
+        return self._refresh.prefix if self._refresh else None
 
     def outcomes(self, model: Any, batch: Prompts, examples: Sequence[Example]) -> list[Outcome]:
         """Return the reward of the likeliest answer to each prompt, as this model gives it."""
@@ -116,9 +126,10 @@ class GroupRelative(Decoder):
 
     def _generate(
         self, model: Any, prompts: Sequence[tuple[Example, str]], count: int, heat: float
-    ) -> Groups:
+    ) -> tuple[Groups, list[int]]:
+        """Return the answers to each prompt, and how many steps old the weights are they are of."""
         if self._sampler is None:
-            return self._in_process(model, prompts, count, heat)
+            return self._in_process(model, prompts, count, heat), [0] * len(prompts)
         asks = [
             Ask(
                 prompt_ids=example.documents[0].ids,
@@ -130,7 +141,10 @@ class GroupRelative(Decoder):
             )
             for example, key in prompts
         ]
-        return [list(answered.samples) for answered in self._sampler.ask(asks)]
+        refresh = self._refresh
+        found = (refresh or self._sampler).ask(asks)
+        ages = [refresh.age(one.version) if refresh else 0 for one in found]
+        return [list(one.samples) for one in found], ages
 
     def _in_process(
         self, model: Any, prompts: Sequence[tuple[Example, str]], count: int, heat: float
@@ -150,7 +164,7 @@ class GroupRelative(Decoder):
                 for example, key in prompts
             ]
 
-    def _rollout(self, batch: Prompts, groups: Groups) -> Rollout:
+    def _rollout(self, batch: Prompts, groups: Groups, ages: Sequence[int]) -> Rollout:
         named, totals = self._rewarded(batch.examples, groups)
         size = self.settings.num_generations
         by_group = [totals[at : at + size] for at in range(0, len(totals), size)]
@@ -173,6 +187,7 @@ class GroupRelative(Decoder):
                 float(sum(not sample.ended for group in groups for sample in group)),
                 answers,
             ),
+            **({"staleness": (float(sum(ages)), float(len(ages)))} if self._sampler else {}),
             **{
                 f"rewards/{name.rpartition(':')[2]}/mean": (sum(found), answers)
                 for name, found in named.items()

@@ -11,13 +11,13 @@ import contextlib
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
 from cluster.errors import JobError, LibraryError, RoundhouseError
-from cluster.generation import Ask, Sampler
+from cluster.generation import Answered, Ask, Sampler
 from cluster.library.manifest import CARD, Facts
 from cluster.library.ref import CHAMPION, NEWEST
 from cluster.library.store import Library, Version
@@ -46,6 +46,38 @@ class Refresh:
         self._writer = (writer or _shelf) if alias == NEWEST else None
         self._live: LiveWeights | None = None
         self._steps = 0
+        self._made: dict[str, int] = {}  # by version: the step before which it was made
+
+    @property
+    def prefix(self) -> str | None:
+        """What the references of this run's policies on the shelf begin with, if any are there."""
+        return self._live.prefix if self._live else None
+
+    def age(self, version: str) -> int:
+        """Return how many optimiser steps the model has taken since it was like ``version``."""
+        return self._steps - 1 - self._made[version]
+
+    def ask(
+        self, asks: Sequence[Ask], clock: Callable[[], float] = time.monotonic
+    ) -> list[Answered]:
+        """Ask the app; what a replica answers with weights of before the run is asked again.
+
+        Raises JobError where that goes on: somebody else has changed the app.
+        """
+        until, found = clock() + WAIT_S, self._sampler.ask(asks)
+        while others := [n for n, one in enumerate(found) if one.version not in self._made]:
+            if clock() > until:
+                raise JobError(
+                    f"{self._app} answers with {found[others[0]].version}, which this run did not "
+                    "give it; promote nothing there while it trains, or give the policy an app of "
+                    "its own"
+                )
+            time.sleep(POLL_S)
+            again = self._sampler.ask([asks[n] for n in others])
+            found = [*found]
+            for n, one in zip(others, again, strict=True):
+                found[n] = one
+        return found
 
     def step(self, engine: Any) -> None:
         """Call before each step on every rank; raises JobError on all of them together."""
@@ -54,18 +86,19 @@ class Refresh:
         if not due:
             return
         ref = self._put(engine) if self._writer else None
-        told: list[str | None] = [None]
+        told: list[str | None] = [ref, None]
         if dist.get_rank() == 0:
             try:
                 if ref is None:
-                    self._renew(engine)
+                    told[0] = self._renew(engine)
                 else:
                     self._await(ref)
             except RoundhouseError as error:
-                told[0] = str(error)
+                told[1] = str(error)
         dist.broadcast_object_list(told)
-        if told[0]:
-            raise JobError(f"the app {self._app} was not given new weights: {told[0]}")
+        if told[1]:
+            raise JobError(f"the app {self._app} was not given new weights: {told[1]}")
+        self._made[str(told[0])] = self._steps - 1
 
     def _put(self, engine: Any) -> str:
         """Put the policy on the shelf; every rank calls it."""
@@ -76,7 +109,8 @@ class Refresh:
             self._live = LiveWeights(self._base, self._app, word[0], self._writer())
         return self._live.put(engine, self._steps - 1)
 
-    def _renew(self, engine: Any) -> None:
+    def _renew(self, engine: Any) -> str:
+        """Publish the policy to the library; rank 0 alone calls it."""
         library = Library()
         staging = library.root / f".{self._app}-policy"
         shutil.rmtree(staging, ignore_errors=True)
@@ -98,6 +132,7 @@ class Refresh:
             if one.ref != version.ref:
                 with contextlib.suppress(LibraryError):  # somebody has built on it
                     library.remove(one.ref)  # nothing answers with it any more
+        return version.ref
 
     def _policies(self, library: Library) -> list[Version]:
         """Return what this run has published to generate with, also before it was resumed.
