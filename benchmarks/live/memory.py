@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 
-from benchmarks.live.rig import Rig
+from benchmarks.live.rig import Rig, mappings
 from benchmarks.live.updates import Samples, say
 from cluster.local import home_id
 from cluster.processes import of_home
@@ -54,23 +52,11 @@ def pss_mib(rig: Rig) -> tuple[float, float]:
     store = ranks = 0
     for process in of_home(home_id(rig.home)):
         is_rank = "RankActor" in process.name
-        for name, pss in mappings(process.pid):
+        for name, pss in mappings(process.pid, "Pss"):
             in_store = "plasma" in name
             store += pss if in_store else 0
             ranks += pss if is_rank else 0
     return store / 2**20, ranks / 2**20
-
-
-def mappings(pid: int) -> Iterator[tuple[str, int]]:
-    """Yield name and proportional bytes of each mapping of a process."""
-    name = ""
-    with contextlib.suppress(OSError):  # it has just ended
-        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-            key, *rest = line.split()
-            if key == "Pss:":
-                yield name, int(rest[0]) * 1024
-            elif not key.endswith(":"):
-                name = " ".join(rest[4:])
 
 
 def replaced(rig: Rig) -> float:

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from benchmarks.env import ROOT
 from benchmarks.load import Endpoint, LoadError
 from benchmarks.peers.environments import BASE
@@ -107,14 +105,29 @@ class Rig:
         raise LoadError("the publisher ended")
 
     def rank_rss(self) -> float:
-        """Return the resident MiB of all ranks, fronts and shelf agents."""
+        """Return the resident MiB of all ranks, fronts and shelf agents, less the object store.
+
+        The store lies in memory that is mapped by all of them, and that each has used more of the
+        longer it runs; it has a figure of its own.
+        """
         from cluster.local import home_id
         from cluster.processes import of_home
 
         total = 0
         for found in of_home(home_id(self.home)):
             if any(word in found.name for word in ("RankActor", "Replica", "NodeAgent")):
-                with contextlib.suppress(psutil.Error):
-                    if handle := found.handle():
-                        total += handle.memory_info().rss
+                sizes = mappings(found.pid, "Rss")
+                total += sum(size for name, size in sizes if "plasma" not in name)
         return total / 2**20
+
+
+def mappings(pid: int, field: str) -> Iterator[tuple[str, int]]:
+    """Yield name and bytes of each mapping of a process, as ``field`` of smaps (``Pss``) has it."""
+    name = ""
+    with contextlib.suppress(OSError):  # it has just ended
+        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+            key, *rest = line.split()
+            if key == f"{field}:":
+                yield name, int(rest[0]) * 1024
+            elif not key.endswith(":"):
+                name = " ".join(rest[4:])

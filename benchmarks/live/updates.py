@@ -25,6 +25,8 @@ FLIP_S = 60.0
 """For every replica to answer with a version."""
 AFTER_S = 10.0
 """Of load between two updates, and after the last."""
+GAUGES_S = 40.0
+"""Ray passes gauges on every 10 s."""
 WINDOW_S = 1.0
 """A gap counts to an update if it ends at most so long after its last flip."""
 Samples = dict[str, list[float]]
@@ -140,14 +142,16 @@ def measure_leaks(rig: Rig, endpoint: Endpoint, args: argparse.Namespace) -> Sam
                 store.append(rig.shelf(status=True)["store"] / 2**20)
             if number % 10 == 9:
                 say(f"update {number - 9}: {rss[-1]:.0f} MiB, {time.monotonic() - began:.0f} s")
-    time.sleep(3)
+    until = time.monotonic() + GAUGES_S
+    while (in_use := cache_in_use(endpoint)) and time.monotonic() < until:
+        time.sleep(1)
     few = max(3, len(rss) // 10)
     return {
         "rss_mib": rss,
         "store_mib": store,
         "rss_growth_mib": [statistics.median(rss[-few:]) - statistics.median(rss[:few])],
         "store_growth_mib": [statistics.median(store[-few:]) - statistics.median(store[:few])],
-        "leaked_cache_tokens": [cache_in_use(endpoint)],
+        "leaked_cache_tokens": [in_use],
         "leak_failures": [float(len(load.failures))],
     }
 
