@@ -286,7 +286,12 @@ class Agent:
         if found is None and Ref.parse(ref).version and not self._in_library(ref):
             found = self._elsewhere.offered(ref)
         if found is not None:
-            self._fetch(found)
+            try:
+                self._fetch(found)
+            except Corrupt:
+                if ref in self._spoilt:  # the directory had not heard of it when it was asked
+                    raise self._damaged_here(ref) from None
+                raise
         elif Ref.parse(ref).version:
             self._read(ref)
         elif ref in self._spoilt:

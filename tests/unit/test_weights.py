@@ -418,6 +418,22 @@ def test_RC02_a_damaged_piece_is_forgotten_with_its_version_and_may_come_again(
     assert lying(agent.take("m@run.x.2", "reader"))
 
 
+def test_RC02_who_asks_before_the_directory_has_heard_of_damage_is_told_of_it(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "LOST_S", 0.2)
+    network = Network()
+    agent = network.join("a", 10_000, clock)
+    _, piece = spoilt(agent, "m@run.x.2")
+    with monkeypatch.context() as late:
+        late.setattr(View, "lost", lambda view, ref: None)
+        assert agent.damaged(piece)
+    assert "m@run.x.2" in network.bundles
+    with pytest.raises(Corrupt, match="a shard of m@run.x.2 on this node differs from its hash"):
+        agent.take("m@run.x.2", "late")
+    assert not network.bundles
+
+
 def test_RC02_what_is_damaged_here_comes_from_a_node_that_has_it_whole(clock: Clock) -> None:
     network = Network()
     here, there = network.join("a", 10_000, clock), network.join("b", 10_000, clock)
