@@ -78,6 +78,9 @@ class ReplicaMeter:
     def look(self, stats: EngineStats) -> None:
         """Show the gauges of this moment, and pass the counters on."""
         self._active = stats.active
+        if stats.active is None:  # it starts, or has just ended: there is no version to speak of
+            self.flush()
+            return
         labels = self.labels(stats.active)
         used, total = stats.cache_tokens_used, stats.cache_tokens_total
         for version in self._shown - {labels["model_version"]}:

@@ -212,6 +212,7 @@ async def test_who_sleeps_and_what_waking_took_is_counted(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metering, "PERIOD_S", 0.01)
+    monkeypatch.setattr("serve_apps.releases.WATCH_S", 0.2)  # how often it tells that it is idle
     releases, meter = Releases(library), MemoryMeter()
     replica = await replica_of(releases, library, 10, meter)
     await measured(meter, metrics.MODEL_ASLEEP, 0)
