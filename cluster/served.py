@@ -15,8 +15,8 @@ def in_memory(cluster: Cluster) -> dict[str, Any] | None:
     """Return ``models`` (``name asleep memory_bytes failed``), ``used_bytes``, ``budget_bytes``.
 
     Bytes are those of one node, of each model where it takes most; ``memory_bytes`` is what a
-    model takes while it is awake, ``failed`` what it could not load, and why. ``None`` where no
-    gateway answers.
+    model takes while it is awake, as its replicas say every five seconds; ``failed`` what it could
+    not load, and why. ``None`` where no gateway answers.
     """
     listed = _models(cluster)
     if listed is None:

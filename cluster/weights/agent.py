@@ -206,13 +206,12 @@ class Agent:
             place = self._places.get(piece)
             if place is None or hash_of(read(self._store, [place])[0]) == piece:
                 return False
-            spoilt = self._inventory.lost(piece)
+            spoilt = [ref for ref in self._inventory.lost(piece) if not is_form(ref)]
             self._spoilt |= set(spoilt)
             self._inventory.sweep(self._clock())
             self._forget_pieces()
         for ref in spoilt:
-            if not is_form(ref):
-                self._elsewhere.lost(ref)
+            self._elsewhere.lost(ref)
         return True
 
     def users(self, ref: str) -> int:

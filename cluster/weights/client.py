@@ -5,6 +5,7 @@ The process must belong to a Ray cluster already.
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -50,6 +51,8 @@ POLL_S = 0.1
 """Between two questions whether others have done something."""
 
 Named = tuple[str, Any]
+
+log = logging.getLogger(__name__)
 
 
 class Writer:
@@ -196,15 +199,23 @@ def find_form(key: str, holder: str) -> Fetched | None:
     """Map what another process of this node prepared of a version.
 
     None where the caller is to prepare it, which it ends with `put_form` or `leave_form`: of
-    several that ask at once the others wait for it here. Raises Corrupt as `fetch` does.
+    several that ask at once the others wait for it here. One that turns out damaged is prepared
+    once more; Corrupt where that is damaged, too.
     """
-    agent, until = open_agent(), time.monotonic() + MOVE_S
+    agent, until, spoilt = open_agent(), time.monotonic() + MOVE_S, 0
     while time.monotonic() < until:
         told = asked(agent.take_form.remote(key, holder), CALL_S)
-        if not isinstance(told, bool):
-            return _mapped(told, verify=True)
-        if told:
+        if told is True:
             return None
+        if told is not False:
+            try:
+                return _mapped(told, verify=True)
+            except Corrupt as error:  # the agent has dropped it: the next question makes it ours
+                spoilt += 1
+                if spoilt > 1:
+                    raise
+                log.warning("%s, prepared anew: %s", key, error)
+                continue
         time.sleep(POLL_S)
     raise ClusterError(f"{key} was not prepared on this node within {MOVE_S:g} s; repeat")
 

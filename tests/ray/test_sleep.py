@@ -14,6 +14,7 @@ import requests
 from cluster.keys import KeyStore
 from cluster.library.manifest import Facts
 from cluster.library.store import Library
+from serve_apps.release_policy import WATCH_S
 from tests.parity.adapter_fixtures import save_adapter
 from tests.parity.engine_fixtures import save_tiny
 from tests.ray.cluster_fixtures import Rig
@@ -89,6 +90,19 @@ def until(rig: Rig, state: dict[str, bool], seconds: float = 60.0) -> None:
         time.sleep(0.3)
 
 
+def told_whole(rig: Rig, seconds: float = 4 * WATCH_S) -> dict[str, Any]:
+    """Return what status says once that is what the ranks take.
+
+    They grow with their first request, and a replica says so within ``WATCH_S``.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        held: dict[str, Any] = json.loads(rig.run("status", "--json").stdout)["in_memory"]
+        if held["used_bytes"] == pytest.approx(sum(ranks(rig)), rel=0.1):
+            return held
+        assert time.monotonic() < end, (held, ranks(rig))
+
+
 def counted(rig: Rig, name: str) -> float:
     """Return a metric of nap-a, as the gateway has it from Ray's pipeline."""
     rows = call(rig, "GET", "/metrics").text.splitlines()
@@ -106,11 +120,10 @@ def test_RC12_of_two_models_with_memory_for_one_the_one_that_is_asked_for_is_the
     assert ask(nap, "nap-a").json()["system_fingerprint"] == "nap-a@1"
     until(nap, {"nap-a": False, "nap-b": True})
     assert sum(ranks(nap)) < 0.6e9
-    held = json.loads(nap.run("status", "--json").stdout)["in_memory"]
+    held = told_whole(nap)
     takes = {m["name"]: m["memory_bytes"] for m in held["models"] if not m["asleep"]}
     assert held["budget_bytes"] == 600_000_000
     assert takes == {"nap-a": held["used_bytes"]}
-    assert held["used_bytes"] == pytest.approx(sum(ranks(nap)), rel=0.1)
     # nap-b waits half a second at most, which is too short; but it comes, and nap-a goes
     early = ask(nap, "nap-b")
     assert (early.status_code, early.json()["error"]["code"]) == (503, "model_asleep")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -569,6 +570,62 @@ def test_RC10_a_form_stays_on_its_node(clock: Clock) -> None:
     assert agent.bundles() == []
     assert not network.bundles
     assert network.join("b", 10_000, clock).take_form(made.ref, "other") is True
+
+
+class Called:
+    """An agent as `client` reaches it, without the actor between them."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=lambda *args: partial(getattr(self._agent, name), *args))
+
+
+@pytest.fixture
+def node(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Agent:
+    agent = Network().join("a", 10_000, clock)
+    monkeypatch.setattr(client, "open_agent", lambda: Called(agent))
+    monkeypatch.setattr(client, "asked", lambda call, timeout_s: call())
+    monkeypatch.setattr(client, "ObjectStore", Store)
+    return agent
+
+
+def spoil(agent: Agent, bundle: Bundle) -> None:
+    """Flip a bit of what lies there."""
+    _, places = agent.take_form(bundle.ref, "spoiler")
+    read(Store(), list(places.values()))[0].view(np.uint8)[3] ^= 1
+
+
+def test_RC02_a_form_that_is_damaged_is_prepared_anew_and_not_for_ever(node: Agent) -> None:
+    made = form("m@1", 1)
+    put_form(node, made, array(1), "first")
+    spoil(node, made)
+    assert client.find_form(made.ref, "second") is None, "it is the second one's to prepare"
+    put_form(node, made, array(1), "second")
+    found = client.find_form(made.ref, "third")
+    assert found is not None
+    assert [*found.pieces] == [*made.pieces]
+
+
+def test_RC02_memory_that_damages_every_form_is_told(
+    node: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = form("m@1", 1)
+    put_form(node, made, array(1), "first")
+    damaged, drops = node.damaged, []
+
+    def again(piece: str) -> bool:
+        drops.append(damaged(piece))
+        put_form(node, made, array(1), "another rank")
+        spoil(node, made)
+        return drops[-1]
+
+    monkeypatch.setattr(node, "damaged", again)
+    spoil(node, made)
+    with pytest.raises(Corrupt, match="differs from its hash"):
+        client.find_form(made.ref, "second")
+    assert drops == [True, True]
 
 
 @pytest.mark.anyio
