@@ -147,7 +147,7 @@ class Slower(Frozen):
 
 
 class Rate(Frozen):
-    """Tokens a second of one answer, after its first."""
+    """Tokens a second of the median answer, after its first."""
 
     ratio: PositiveFloat = 0.7
     """The candidate's over the champion's, at least."""

@@ -25,12 +25,10 @@ class Counts:
     errors: int = 0
     missed: int = 0
     """Requests that another version answered, because this one was not live where they came."""
-    tokens: int = 0
-    """After the first of their answer."""
-    token_s: float = 0.0
-    """Seconds that these took."""
     first: Counter[int] = field(default_factory=Counter)
     """Times to the first token, by class."""
+    per_token: Counter[int] = field(default_factory=Counter)
+    """Times of one token of an answer after its first: a mean of each answer, by class."""
     shadows: int = 0
     """Answers in the shadow,"""
     shadow_errors: int = 0
@@ -45,17 +43,20 @@ class Counts:
 
     def first_token(self, seconds: float) -> None:
         """Count one time to the first token."""
-        at = math.ceil(math.log(max(seconds, FIRST_S) / FIRST_S, GROWTH))
-        self.first[min(at, CLASSES)] += 1
+        self.first[_class(seconds)] += 1
+
+    def answered(self, tokens: int, seconds: float) -> None:
+        """Count one answer: its tokens after what came first, and the time that they took."""
+        if tokens:
+            self.per_token[_class(seconds / tokens)] += 1
 
     def add(self, more: Counts) -> None:
         """Take what somebody else has counted."""
         self.requests += more.requests
         self.errors += more.errors
         self.missed += more.missed
-        self.tokens += more.tokens
-        self.token_s += more.token_s
         self.first.update(more.first)
+        self.per_token.update(more.per_token)
         self.shadows += more.shadows
         self.shadow_errors += more.shadow_errors
         self.shadow_s += more.shadow_s
@@ -74,23 +75,18 @@ class Counts:
         return self.waited(0.0)
 
     def waited(self, deviations: float) -> float | None:
-        """Return the 95th percentile, or where it lies with that many standard deviations.
-
-        The rank of a quantile is binomial, whatever the times are distributed like.
-        """
-        total, below = self.first.total(), 0
-        rank = 0.95 * total + deviations * math.sqrt(total * 0.95 * 0.05)
-        wanted = min(max(math.ceil(rank), 1), total)
-        for at in sorted(self.first):
-            below += self.first[at]
-            if below >= wanted:
-                return FIRST_S * GROWTH**at
-        return None
+        """Return the 95th percentile, or where it lies with that many standard deviations."""
+        return _quantile(self.first, 0.95, deviations)
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens a second of one answer, after its first; ``None`` where there were none."""
-        return self.tokens / self.token_s if self.token_s else None
+        """Tokens a second of the median answer, after its first; ``None`` where there were none."""
+        return self.pace(0.0)
+
+    def pace(self, deviations: float) -> float | None:
+        """Return that rate, or what it is at least with that many standard deviations."""
+        took = _quantile(self.per_token, 0.5, deviations)
+        return 1.0 / took if took else None
 
     def as_json(self) -> dict[str, Any]:
         """Return what a record keeps; `from_json` makes counts of it again."""
@@ -99,9 +95,8 @@ class Counts:
             "errors": self.errors,
             "ttft_p95_s": None if self.ttft_p95 is None else round(self.ttft_p95, 4),
             "tokens_per_s": None if self.tokens_per_s is None else round(self.tokens_per_s, 2),
-            "tokens": self.tokens,
-            "token_s": round(self.token_s, 4),
-            "first": {str(at): count for at, count in sorted(self.first.items())},
+            "first": _rows(self.first),
+            "per_token": _rows(self.per_token),
         }
         for name in ("missed", *SHADOW):
             if value := getattr(self, name):
@@ -111,7 +106,32 @@ class Counts:
 
 def from_json(told: Mapping[str, Any]) -> Counts:
     """Return the counts that a record keeps."""
-    numbers = ("requests", "errors", "missed", "tokens", "token_s")
+    numbers = ("requests", "errors", "missed")
     made = Counts(**{name: told.get(name, 0) for name in (*numbers, *SHADOW)})
-    made.first.update({int(at): count for at, count in told.get("first", {}).items()})
+    for name in ("first", "per_token"):
+        getattr(made, name).update({int(at): n for at, n in told.get(name, {}).items()})
     return made
+
+
+def _class(seconds: float) -> int:
+    at = math.ceil(math.log(max(seconds, FIRST_S) / FIRST_S, GROWTH))
+    return min(at, CLASSES)
+
+
+def _rows(times: Mapping[int, int]) -> dict[str, int]:
+    return {str(at): count for at, count in sorted(times.items())}
+
+
+def _quantile(times: Counter[int], share: float, deviations: float) -> float | None:
+    """Return where a quantile of times lies, with so many standard deviations.
+
+    The rank of a quantile is binomial, whatever the times are distributed like.
+    """
+    total, below = times.total(), 0
+    rank = share * total + deviations * math.sqrt(total * share * (1 - share))
+    wanted = min(max(math.ceil(rank), 1), total)
+    for at in sorted(times):
+        below += times[at]
+        if below >= wanted:
+            return FIRST_S * GROWTH**at
+    return None

@@ -11,7 +11,9 @@ from serve_apps.release_counts import Counts
 from serve_apps.release_policy import Report
 
 SURE = 1.645
-"""Standard deviations: an error rate is called too high when it is, at one-sided 95 %."""
+"""Standard deviations: what is called slower is, of either version at one-sided 95 %."""
+RARE = 0.05
+"""Requests that fail are called too many when as many by chance alone would be as rare as that."""
 FEW = 20
 """Of fewer times to a first token, or answers, no ratio is taken."""
 
@@ -135,20 +137,12 @@ def _wrong(gates: Gates, seen: Seen) -> Iterator[str]:
     ours, theirs = seen.candidate, seen.champion
     if gates.errors:
         most = theirs.error_rate + gates.errors.above_champion
-        if _least(ours.errors, ours.requests) > most:
+        if _by_chance(ours.errors, ours.requests, most) < RARE:
             yield (
                 f"{ours.errors} of {ours.requests} requests failed, of the champion's "
                 f"{theirs.errors} of {theirs.requests}"
             )
-    if slow := _slow(gates, seen, SURE):
-        yield slow
-    if gates.tokens_per_s and min(ours.requests, theirs.requests) >= FEW:
-        rate, before = ours.tokens_per_s, theirs.tokens_per_s
-        if rate is not None and before is not None and rate < before * gates.tokens_per_s.ratio:
-            yield (
-                f"{rate:.1f} tokens a second, the champion {before:.1f}: less than "
-                f"{gates.tokens_per_s.ratio:g} of that"
-            )
+    yield from _slow(gates, seen, SURE)
     same = gates.shadow
     if same and ours.compared >= same.compared and ours.matched < same.match * ours.compared:
         yield (
@@ -173,31 +167,47 @@ def _missing(policy: ReleasePolicy, step: Step, seen: Seen) -> Iterator[str]:
                 f"{seen.candidate.errors} of {seen.candidate.requests} requests failed: too many, "
                 "or too few to tell"
             )
-    if slow := _slow(gates, seen, 0.0):
+    for slow in _slow(gates, seen, 0.0):
         yield f"{slow}, or too few to tell"
 
 
-def _slow(gates: Gates, seen: Seen, deviations: float) -> str:
-    """Say that first tokens come late, by so many standard deviations of both percentiles."""
-    limit, ours, theirs = gates.ttft_p95, seen.candidate, seen.champion
-    if limit is None or min(ours.first.total(), theirs.first.total()) < FEW:
-        return ""
-    first, before = ours.waited(-deviations) or 0.0, theirs.waited(deviations) or 0.0
-    if first <= max(before * limit.ratio, limit.least_s):
-        return ""
-    return (
-        f"the first token took {ours.ttft_p95:.3f} s (95th percentile), the champion's "
-        f"{theirs.ttft_p95:.3f} s: more than {limit.ratio:g} times that"
-    )
+def _slow(gates: Gates, seen: Seen, deviations: float) -> Iterator[str]:
+    """Yield what takes too long, by so many standard deviations of both versions' times."""
+    ours, theirs = seen.candidate, seen.champion
+    late, slow = gates.ttft_p95, gates.tokens_per_s
+    if late and min(ours.first.total(), theirs.first.total()) >= FEW:
+        first, before = ours.waited(-deviations) or 0.0, theirs.waited(deviations) or 0.0
+        if first > max(before * late.ratio, late.least_s):
+            yield (
+                f"the first token took {ours.ttft_p95:.3f} s (95th percentile), the champion's "
+                f"{theirs.ttft_p95:.3f} s: more than {late.ratio:g} times that"
+            )
+    if slow and min(ours.per_token.total(), theirs.per_token.total()) >= FEW:
+        rate, least = ours.pace(-deviations) or 0.0, theirs.pace(deviations) or 0.0
+        if rate < least * slow.ratio:
+            yield (
+                f"{ours.tokens_per_s:.1f} tokens a second (median answer), the champion "
+                f"{theirs.tokens_per_s:.1f}: less than {slow.ratio:g} of that"
+            )
 
 
-def _least(bad: int, of: int) -> float:
-    """Return what a share is at least (Wilson's score interval, JASA 22, 1927)."""
-    if not of:
+def _by_chance(bad: int, of: int, share: float) -> float:
+    """Return how likely so many or more of so many fail, when each does by ``share``.
+
+    The exact binomial tail. Where no more fail than ``share`` says it is not worked out: 1.
+    """
+    if bad <= share * of:
+        return 1.0
+    if not share:
         return 0.0
-    share, z2 = bad / of, SURE**2
-    middle = share + z2 / (2 * of)
-    return (middle - SURE * math.sqrt(share * (1 - share) / of + z2 / (4 * of**2))) / (1 + z2 / of)
+    fewer = (
+        math.exp(
+            math.lgamma(of + 1) - math.lgamma(k + 1) - math.lgamma(of - k + 1)
+            + k * math.log(share) + (of - k) * math.log1p(-share)
+        )
+        for k in range(bad)
+    )  # fmt: skip
+    return max(1.0 - math.fsum(fewer), 0.0)
 
 
 def _passed(gates: Gates) -> str:

@@ -82,9 +82,9 @@ class Mapped:
 
     def close(self) -> None:
         """Leave all of them, within a bound."""
-        self._closed = True
         for version in list(self._keys):
             self.leave(version)
+        self._closed = True
         self._news.set()
         self._thread.join(CLOSE_S)
 
@@ -95,15 +95,17 @@ class Mapped:
         return [tensor_of(array, dtype) for _, dtype, array in sorted(fetched.whole(), key=_name)]
 
     def _renew(self) -> None:
-        """Keep the leases, and end those that are left."""
-        while not self._closed:
+        """Keep the leases, and end those that are left; once more after `close`."""
+        closed = False
+        while not closed:
             self._news.wait(RENEW_S)
             self._news.clear()
+            closed = self._closed  # what is left until then is ended in this turn
             try:
                 while self._leaving:
                     client.leave(self._holder, self._leaving.pop())
                 keys = sorted(set(self._keys.values()))
-                if keys and not self._closed and (gone := client.renew(self._holder, keys)):
+                if keys and not closed and (gone := client.renew(self._holder, keys)):
                     log.warning("the shelf has lost %s: mapped on, shared no more", gone)
             except RoundhouseError as error:  # a lease that is not renewed ends by itself
                 log.warning("leases of the shelf: %s", error)

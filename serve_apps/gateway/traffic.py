@@ -177,19 +177,18 @@ class Traffic:
         version: str,
     ) -> AsyncGenerator[Event, None]:
         counts, began = self._of(canary.release, version), self._clock()
-        last: dict[int, tuple[float, int]] = {}
+        first: dict[int, tuple[float, int]] = {}
         try:
             async with aclosing(events(backend, served.model, call, limits)) as stream:
                 async for event in stream:
                     now = self._clock()
                     # counts may have been handed on meanwhile: ask for them anew
                     counts = self._of(canary.release, version)
-                    if not last:
+                    if not first:
                         counts.first_token(now - began)
-                    if before := last.get(event.number):
-                        counts.tokens += event.completion_tokens - before[1]
-                        counts.token_s += now - before[0]
-                    last[event.number] = now, event.completion_tokens
+                    since, tokens = first.setdefault(event.number, (now, event.completion_tokens))
+                    if event.finish:
+                        counts.answered(event.completion_tokens - tokens, now - since)
                     yield event
         except RequestError as error:
             counts = self._of(canary.release, version)

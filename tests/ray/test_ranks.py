@@ -127,7 +127,10 @@ def test_T33_a_rank_that_hangs_is_found_by_its_health_and_replaced(cut: Rig) -> 
         assert time.monotonic() < until, "nobody noticed"
         time.sleep(0.2)
     assert back(cut, 150) == first
-    assert not set(before) & set(rank_processes(cut)), "neither rank was left over"
+    until = time.monotonic() + 30  # what is stopped hears no SIGTERM, and is killed after its drain
+    while set(before) & set(rank_processes(cut)):
+        assert time.monotonic() < until, "a rank was left over"
+        time.sleep(0.2)
     until = time.monotonic() + 15
     while ready() != 200:
         assert time.monotonic() < until

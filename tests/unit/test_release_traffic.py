@@ -148,8 +148,8 @@ async def test_what_is_answered_is_counted_on_its_side() -> None:
     counts = traffic.drain()["tiny#1"]
     for version in (OLD, NEW):
         one = counts[version]
-        assert (one.requests, one.errors, one.tokens) == (1, 0, 1)
-        assert one.tokens_per_s == pytest.approx(10.0)
+        assert (one.requests, one.errors, one.per_token.total()) == (1, 0, 1)
+        assert one.tokens_per_s == pytest.approx(10.0, rel=0.06)
         assert one.ttft_p95 == pytest.approx(0.1, rel=0.06)
     assert traffic.drain() == {}
 
@@ -292,13 +292,18 @@ async def test_through_the_door_a_version_that_is_not_live_costs_nobody_an_answe
 
 
 def test_counts_add_up_and_come_back_from_a_record() -> None:
-    one, two = Counts(requests=3, errors=1, tokens=10, token_s=2.0), Counts(requests=1)
+    one, two = Counts(requests=3, errors=1), Counts(requests=1)
     for seconds in (0.01, 0.02, 0.5):
         one.first_token(seconds)
+    for some in (one, two):
+        some.answered(10, 2.0)
+        some.answered(0, 0.0)
     one.add(two)
     again = from_json(one.as_json())
     assert (again.requests, again.errors, again.error_rate) == (4, 1, 0.25)
-    assert again.first == one.first
+    assert (again.first, again.per_token) == (one.first, one.per_token)
+    assert again.per_token.total() == 2, "an answer of one token has no rate"
+    assert again.tokens_per_s == pytest.approx(5.0, rel=0.06)
     assert again.ttft_p95 == pytest.approx(0.5, rel=0.06)
     assert Counts().ttft_p95 is None
     slow = Counts()
