@@ -202,7 +202,7 @@ def find_form(key: str, holder: str) -> Fetched | None:
     several that ask at once the others wait for it here. One that turns out damaged is prepared
     once more; Corrupt where that is damaged, too.
     """
-    agent, until, spoilt = open_agent(), time.monotonic() + MOVE_S, 0
+    agent, until, spoilt = open_agent(), time.monotonic() + MOVE_S, False
     while time.monotonic() < until:
         told = asked(agent.take_form.remote(key, holder), CALL_S)
         if told is True:
@@ -211,9 +211,9 @@ def find_form(key: str, holder: str) -> Fetched | None:
             try:
                 return _mapped(told, verify=True)
             except Corrupt as error:  # the agent has dropped it: the next question makes it ours
-                spoilt += 1
-                if spoilt > 1:
+                if spoilt:
                     raise
+                spoilt = True
                 log.warning("%s, prepared anew: %s", key, error)
                 continue
         time.sleep(POLL_S)
